@@ -1,0 +1,234 @@
+"""ExperimentConfig: one frozen tree that drives data, model, loss, training and search.
+
+The same dotted keys (`loss.weights.defect`) work in YAML, in `--set` and in a search space.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from kintsugi.errors import ConfigError
+
+Preset = Literal["kla", "motion", "defocus", "noise", "lowlight", "jpeg", "mixed"]
+Split = Literal["train", "val", "test"]
+
+
+class Section(BaseModel):
+    """A part of the config: immutable, and it refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    """What is read and how training crops are cut."""
+
+    dataset: str = Field("demo", min_length=1, description="name, or name@digest")
+    crop: int = Field(256, ge=16, description="side of a training crop, px")
+    defect_crops: float = Field(0.5, ge=0, le=1, description="share of crops on a defect")
+    mask_dropout: float = Field(0.0, ge=0, le=1, description="share of crops with the mask withheld")
+    flips: bool = True
+    batch_size: int = Field(8, ge=1, description="over all workers together")
+    loader_processes: int = Field(0, ge=0, description="decoding processes for each worker")
+
+
+class DegradationConfig(Section):
+    """How a clean image becomes the model's input where no degraded one was given."""
+
+    presets: dict[Preset, float] = Field(default_factory=lambda: {"kla": 1.0})
+    use_given: bool = Field(True, description="prefer the dataset's own degraded images")
+
+    @field_validator("presets")
+    @classmethod
+    def _shares(cls, presets: dict[Preset, float]) -> dict[Preset, float]:
+        if not presets or min(presets.values()) < 0 or sum(presets.values()) <= 0:
+            raise ValueError("needs at least one preset with a share above 0")
+        return presets
+
+
+class ModelConfig(Section):
+    """RestorationUNet. Defaults are the published recipe."""
+
+    channels: Literal[1, 3] = 3
+    base: int = Field(64, ge=4, description="channels of the first level; doubles at each level")
+    levels: int = Field(4, ge=1, le=6)
+    skips: tuple[bool, ...] = (False, False, False, False)
+    reduction: tuple[int, ...] = (16, 16, 16, 16)
+    dropout: float = Field(0.15, ge=0, lt=1)
+    mask: Literal["given", "none"] = "given"
+    residual: bool = Field(False, description="predict the correction instead of the image")
+
+    @field_validator("skips", "reduction", mode="before")
+    @classmethod
+    def _one_for_all_levels(cls, value: Any, info: ValidationInfo) -> Any:
+        return (value,) * int(info.data.get("levels", 4)) if isinstance(value, int) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, values in (("skips", self.skips), ("reduction", self.reduction)):
+            if len(values) != self.levels:
+                raise ValueError(f"{name} needs one entry for each of the {self.levels} levels (got {len(values)})")
+        if min(self.reduction) < 1:
+            raise ValueError(f"reduction must be at least 1 at every level (got {min(self.reduction)})")
+        return self
+
+
+class LossWeights(Section):
+    """Shares of the five parts; they sum to 1."""
+
+    defect: float = Field(0.25, ge=0)
+    ssim: float = Field(0.30, ge=0)
+    perceptual: float = Field(0.20, ge=0)
+    edge: float = Field(0.15, ge=0)
+    basic: float = Field(0.10, ge=0)
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> Self:
+        total = self.defect + self.ssim + self.perceptual + self.edge + self.basic
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"the five weights must sum to 1 (they sum to {total:.6g}): divide each by {total:.6g}")
+        return self
+
+
+class PerceptualConfig(Section):
+    """VGG features for the perceptual part (Johnson et al., ECCV 2016)."""
+
+    network: Literal["vgg11", "vgg16", "vgg19"] = "vgg16"
+    layers: tuple[int, ...] = Field((3, 8, 15), description="indices into torchvision's vgg.features")
+    weights: str = Field("imagenet", description="imagenet, random, or the path of a state dict")
+    seed: int = Field(0, description="of the random weights")
+
+
+class LossConfig(Section):
+    weights: LossWeights = LossWeights()
+    perceptual: PerceptualConfig = PerceptualConfig()
+
+
+class OptimConfig(Section):
+    """AdamW with cosine annealing and warm restarts (Loshchilov and Hutter, ICLR 2017 and 2019)."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    restart_epochs: int = Field(10, ge=1, description="length of the first cycle")
+    restart_factor: int = Field(2, ge=1, description="growth of the cycles")
+    min_learning_rate: float = Field(1e-6, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+
+
+class TrainConfig(Section):
+    epochs: int = Field(250, ge=1)
+    steps_per_epoch: int | None = Field(None, ge=1, description="default: one pass over the data")
+    patience: int = Field(25, ge=1, description="epochs without a better score before it stops")
+    validation_images: int | None = Field(None, ge=1, description="default: all")
+    seed: int = 0
+    workers: int = Field(2, ge=1, description="DDP processes")
+    cpus_per_worker: float = Field(1.0, gt=0)
+    threads: int = Field(1, ge=1, description="torch threads of a CPU worker")
+    gpu: bool = Field(False, description="one GPU for each worker")
+    max_failures: int = Field(2, ge=-1, description="worker group restarts; -1 is without end")
+
+
+class SearchConfig(Section):
+    trials: int = Field(16, ge=1)
+    max_concurrent: int = Field(2, ge=1)
+    epochs: int = Field(12, ge=1, description="budget of a trial that is not stopped")
+    grace_epochs: int = Field(2, ge=1, description="no trial is stopped before")
+    reduction_factor: int = Field(2, ge=2, description="one trial in this many survives a rung")
+    workers_per_trial: int = Field(1, ge=1)
+
+
+class ExperimentConfig(Section):
+    """All that an experiment depends on; it travels in every checkpoint."""
+
+    data: DataConfig = DataConfig()
+    degradation: DegradationConfig = DegradationConfig()
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    search: SearchConfig = SearchConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        workers, batch = self.train.workers, self.data.batch_size
+        if batch % workers:
+            raise ValueError(
+                f"data.batch_size must be a multiple of train.workers (got {batch} and {workers}): "
+                f"set data.batch_size={-(-batch // workers) * workers}"
+            )
+        if self.data.crop < 2**self.model.levels:
+            raise ValueError(
+                f"data.crop must be at least 2**model.levels = {2**self.model.levels} px (got {self.data.crop})"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def parse_config(tree: Mapping[str, Any], source: str = "config") -> ExperimentConfig:
+    """Validate a nested mapping.
+
+    Raises:
+        ConfigError: naming the dotted key, what is wrong with it and the value it had.
+    """
+    try:
+        return ExperimentConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {'; '.join(_explain(e) for e in error.errors())}") from error
+
+
+def load_config(path: Path | str, overrides: Iterable[str] = ()) -> ExperimentConfig:
+    """Read a YAML file and apply `a.b=value` overrides (values are YAML)."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}): give the path of a YAML file") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not valid YAML ({error})") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: must hold a mapping of sections, for example 'data: {{dataset: demo}}'")
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {override}: write it as key=value, for example --set train.epochs=3")
+        _set_key(tree, key.strip(), yaml.safe_load(text))
+    return parse_config(tree, str(path))
+
+
+def with_values(config: ExperimentConfig, values: Mapping[str, Any]) -> ExperimentConfig:
+    """A copy of `config` with dotted keys replaced, validated as a whole."""
+    tree = config.model_dump(mode="json")
+    for key, value in values.items():
+        _set_key(tree, key, value)
+    return parse_config(tree, "override")
+
+
+def _set_key(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, leaf = key.split(".")
+    node = tree
+    for section in sections:
+        child = node.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {key}: '{section}' is a value, not a section")
+        node = child
+    node[leaf] = value
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        return f"{key}: no such setting"
+    shown = "" if isinstance(error["input"], dict) else f" (got {error['input']!r})"
+    return f"{key}: {message}{shown}" if key else message

@@ -1,0 +1,74 @@
+"""Every error that kintsugi raises on purpose. Each message is one sentence that says what to do.
+
+KintsugiError
+├── ConfigError            a setting cannot work
+├── DataError              a folder, a dataset or a pair of images cannot be used
+│   └── ImageError         bytes that are not an image kintsugi restores; carries a stable `code`
+├── IntegrityError         stored bytes differ from their manifest
+├── StoreError             the object store refused or failed
+│   ├── ObjectNotFound     no such key
+│   ├── PreconditionFailed someone else wrote first (If-None-Match, If-Match)
+│   └── StoreUnavailable   no answer; trying again may help
+├── ModelNotFound          no such model, version or alias
+├── TrainingError          a training run or a search did not finish
+└── StackError             the local stack, or the cluster, is not in the needed state
+"""
+
+
+class KintsugiError(Exception):
+    """Root of all errors meant for a person."""
+
+
+class ConfigError(KintsugiError):
+    """A setting cannot work."""
+
+
+class DataError(KintsugiError):
+    """A folder, a dataset or a pair of images cannot be used."""
+
+
+class ImageError(DataError):
+    """Bytes that are not an image kintsugi restores.
+
+    `code` is one of `undecodable`, `unsupported_format`, `unsupported_mode`, `too_large`,
+    `over_white_level`, `mismatch`, `mask_required`.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+    def __reduce__(self) -> tuple[type["ImageError"], tuple[str, str]]:
+        return type(self), (self.code, str(self))
+
+
+class IntegrityError(KintsugiError):
+    """Stored bytes differ from what their manifest promises."""
+
+
+class StoreError(KintsugiError):
+    """The object store refused or failed."""
+
+
+class ObjectNotFound(StoreError):
+    """No object under that key."""
+
+
+class PreconditionFailed(StoreError):
+    """The object exists already, or changed since it was read."""
+
+
+class StoreUnavailable(StoreError):
+    """The store did not answer; trying again may help."""
+
+
+class ModelNotFound(KintsugiError):
+    """No such model, version or alias."""
+
+
+class TrainingError(KintsugiError):
+    """A training run or a search did not finish."""
+
+
+class StackError(KintsugiError):
+    """The local stack, or the cluster, is not in the needed state."""

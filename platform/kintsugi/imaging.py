@@ -1,0 +1,247 @@
+"""Decode and encode inspection images without losing a bit. The only place that touches a codec.
+
+PNG, TIFF, JPEG and BMP; grey or RGB; 8 or 16 bit. What would be changed behind the user's back (alpha,
+palettes, float, several pages) is refused. Depth inside the container is explicit: a 12-bit camera writes
+16-bit files whose `white_level` is 4095.
+"""
+
+import io
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import cv2
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+from PIL import Image as PillowImage
+
+from kintsugi.errors import ImageError
+
+Format = Literal["png", "tiff", "jpeg", "bmp"]
+Pixels = NDArray[np.uint8] | NDArray[np.uint16]
+MAX_PIXELS = 100_000_000
+
+_MAGIC: tuple[tuple[bytes, Format], ...] = (
+    (b"\x89PNG\r\n\x1a\n", "png"),
+    (b"II*\0", "tiff"),
+    (b"MM\0*", "tiff"),
+    (b"II+\0", "tiff"),
+    (b"MM\0+", "tiff"),
+    (b"\xff\xd8\xff", "jpeg"),
+    (b"BM", "bmp"),
+)
+_PNG_MODES = {0: "grey", 2: "rgb", 3: "palette", 4: "grey with alpha", 6: "rgb with alpha"}
+
+
+@dataclass(frozen=True)
+class Image:
+    """Pixels as the file held them.
+
+    `pixels` is (H, W) or (H, W, 3) in RGB order, uint8 or uint16; `white_level` is the value of full
+    scale; `tags` holds what the encoder needs to answer in kind (TIFF compression and photometric).
+    """
+
+    pixels: Pixels
+    format: Format = "png"
+    white_level: int = 255
+    tags: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width)"""
+        return self.pixels.shape[0], self.pixels.shape[1]
+
+    @property
+    def channels(self) -> int:
+        return 1 if self.pixels.ndim == 2 else 3
+
+    @property
+    def bit_depth(self) -> int:
+        """Bits of a sample in the container: 8 or 16."""
+        return self.pixels.dtype.itemsize * 8
+
+    def to_unit(self) -> NDArray[np.float32]:
+        """float32 in [0, 1], shaped as `pixels`."""
+        return self.pixels.astype(np.float32) / np.float32(self.white_level)
+
+    def with_unit(self, unit: NDArray[np.float32]) -> "Image":
+        """The same kind of image with other content; `unit` is shaped as `pixels`, clipped to [0, 1]."""
+        if unit.shape != self.pixels.shape:
+            raise ImageError("mismatch", f"expected an image of shape {self.pixels.shape}, got {unit.shape}")
+        if not np.isfinite(unit).all():
+            raise ImageError("mismatch", "the image holds values that are not finite")
+        levels = np.rint(np.clip(unit.astype(np.float64), 0, 1) * self.white_level)
+        return replace(self, pixels=levels.astype(self.pixels.dtype))
+
+
+def decode(data: bytes, *, white_level: int | None = None, max_pixels: int = MAX_PIXELS) -> Image:
+    """Read an image; its size is checked before anything is decompressed.
+
+    Raises:
+        ImageError: not a supported image, larger than `max_pixels`, or brighter than `white_level`.
+    """
+    kind = sniff(data)
+    if kind == "tiff":
+        pixels, tags = _decode_tiff(data, max_pixels)
+    else:
+        _check_header(data, kind, max_pixels)
+        pixels, tags = _decode_with_opencv(data, kind), ()
+    full_scale = int(np.iinfo(pixels.dtype).max)
+    level = full_scale if white_level is None else white_level
+    if not 1 <= level <= full_scale:
+        raise ImageError("over_white_level", f"white level {level} does not fit {pixels.dtype}: give 1 to {full_scale}")
+    if white_level is not None and int(pixels.max()) > level:
+        raise ImageError(
+            "over_white_level", f"the image holds {int(pixels.max())}, above the white level {level}: give the right one"
+        )
+    return Image(pixels, kind, level, tags)
+
+
+def decode_mask(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.bool_]:
+    """Read a defect mask as (H, W) bool: every value but 0 is defect, whatever the file's depth or palette."""
+    kind = sniff(data)
+    if kind == "tiff":
+        pixels, _ = _decode_tiff(data, max_pixels)
+    else:
+        _check_size(*_header_size(data, kind), max_pixels)
+        pixels = _opencv(data)
+        # Alpha, where a drawing tool left it, says nothing about defects.
+        pixels = pixels[..., :3] if pixels.ndim == 3 else pixels
+    mask = pixels > 0
+    return mask.any(axis=2) if mask.ndim == 3 else mask
+
+
+def encode(image: Image) -> bytes:
+    """Write the image in its own format: lossless, except JPEG, which is written at quality 100 in 4:4:4."""
+    if image.format == "tiff":
+        return _encode_tiff(image)
+    if image.bit_depth == 16 and image.format != "png":
+        raise ImageError("unsupported_mode", f"{image.format} holds 8 bits a sample: use PNG or TIFF for 16")
+    pixels = image.pixels[..., ::-1] if image.channels == 3 else image.pixels
+    options: dict[Format, list[int]] = {
+        "png": [cv2.IMWRITE_PNG_COMPRESSION, 1],
+        "jpeg": [
+            cv2.IMWRITE_JPEG_QUALITY,
+            100,
+            cv2.IMWRITE_JPEG_SAMPLING_FACTOR,
+            cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
+        ],
+    }
+    ok, data = cv2.imencode("." + image.format, np.ascontiguousarray(pixels), options.get(image.format, []))
+    if not ok:
+        raise ImageError("unsupported_mode", f"the image could not be written as {image.format}")
+    return data.tobytes()
+
+
+def encode_mask(mask: NDArray[np.bool_]) -> bytes:
+    """A mask as an 8-bit PNG of 0 and 255."""
+    return encode(Image(mask.astype(np.uint8) * np.uint8(255)))
+
+
+def convert(image: Image, kind: Format) -> Image:
+    """The same pixels for another container."""
+    if kind not in get_args(Format):
+        raise ImageError("unsupported_format", f"{kind} is not a format: use png, tiff, jpeg or bmp")
+    return replace(image, format=kind, tags=())
+
+
+def sniff(data: bytes) -> Format:
+    """The format by magic number; names and content types are not trusted."""
+    for magic, kind in _MAGIC:
+        if data.startswith(magic):
+            return kind
+    raise ImageError("unsupported_format", "not a PNG, TIFF, JPEG or BMP image: convert it without loss and try again")
+
+
+def _decode_with_opencv(data: bytes, kind: Format) -> Pixels:
+    pixels = _opencv(data)
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[..., 0]
+    if pixels.dtype not in (np.uint8, np.uint16) or (pixels.ndim == 3 and pixels.shape[2] != 3):
+        raise ImageError("unsupported_mode", f"this {kind} is neither grey nor RGB of 8 or 16 bit: convert it first")
+    return np.ascontiguousarray(pixels[..., ::-1]) if pixels.ndim == 3 else pixels
+
+
+def _opencv(data: bytes) -> Any:
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error as error:
+        raise ImageError("undecodable", f"the image cannot be decoded ({error.err})") from error
+    if pixels is None:
+        raise ImageError("undecodable", "the image cannot be decoded: it is damaged or cut off")
+    return pixels
+
+
+def _check_header(data: bytes, kind: Format, max_pixels: int) -> None:
+    if kind == "png" and len(data) > 26:
+        mode = _PNG_MODES.get(data[25], "unknown")
+        if mode not in ("grey", "rgb") or data[24] not in (8, 16):
+            raise ImageError(
+                "unsupported_mode", f"a {data[24]}-bit PNG in mode '{mode}' is not restored: save it as 8- or 16-bit grey or RGB"
+            )
+        if b"acTL" in data[:4096]:
+            raise ImageError("unsupported_mode", "an animated PNG is not restored: send its frames one by one")
+    _check_size(*_header_size(data, kind), max_pixels)
+
+
+def _header_size(data: bytes, kind: Format) -> tuple[int, int]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PillowImage.DecompressionBombWarning)
+            with PillowImage.open(io.BytesIO(data), formats=[kind.upper()]) as header:
+                if kind in ("jpeg", "bmp") and header.mode not in ("L", "RGB", "1", "P"):
+                    raise ImageError("unsupported_mode", f"{kind} in mode {header.mode} is not restored: save it as grey or RGB")
+                return header.height, header.width
+    except PillowImage.DecompressionBombError as error:
+        raise ImageError("too_large", f"the image is too large ({error})") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ImageError("undecodable", f"the image's header cannot be read ({error})") from error
+
+
+def _check_size(height: int, width: int, max_pixels: int) -> None:
+    if height < 1 or width < 1:
+        raise ImageError("undecodable", f"an image of {width} x {height} px holds nothing")
+    if height * width > max_pixels:
+        raise ImageError("too_large", f"{width} x {height} px is over the limit of {max_pixels} pixels: cut it, or raise the limit")
+
+
+def _decode_tiff(data: bytes, max_pixels: int) -> tuple[Pixels, tuple[tuple[str, str], ...]]:
+    try:
+        with tifffile.TiffFile(io.BytesIO(data)) as tiff:
+            if len(tiff.pages) != 1:
+                raise ImageError("unsupported_mode", f"a TIFF of {len(tiff.pages)} pages is not restored: send them one by one")
+            page: Any = tiff.pages[0]
+            _check_size(page.imagelength, page.imagewidth, max_pixels)
+            photometric, compression = page.photometric.name.lower(), page.compression.name.lower()
+            if page.dtype not in (np.uint8, np.uint16) or photometric not in ("minisblack", "miniswhite", "rgb"):
+                raise ImageError(
+                    "unsupported_mode",
+                    f"a TIFF of {page.dtype} in mode '{photometric}' is not restored: save it as 8- or 16-bit grey or RGB",
+                )
+            pixels: Any = page.asarray()
+    except ImageError:
+        raise
+    except Exception as error:  # tifffile and its codecs raise whatever their C code meets
+        raise ImageError("undecodable", f"the TIFF cannot be decoded ({type(error).__name__}: {error})") from error
+    if pixels.ndim == 3 and pixels.shape[0] == 3 and pixels.shape[2] != 3:
+        pixels = np.moveaxis(pixels, 0, 2)
+    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] != 3):
+        raise ImageError("unsupported_mode", f"a TIFF of shape {pixels.shape} is not restored: save it as grey or RGB")
+    return np.ascontiguousarray(pixels), (("compression", compression), ("photometric", photometric))
+
+
+def _encode_tiff(image: Image) -> bytes:
+    tags = dict(image.tags)
+    photometric = tags.get("photometric", "rgb" if image.channels == 3 else "minisblack")
+    wanted = tags.get("compression", "adobe_deflate")
+    lossless = {"none": None, "lzw": "lzw", "zstd": "zstd", "packbits": "packbits"}
+    buffer = io.BytesIO()
+    tifffile.imwrite(
+        buffer,
+        image.pixels,
+        photometric=photometric,
+        compression=lossless.get(wanted, "adobe_deflate"),
+        metadata=None,
+    )
+    return buffer.getvalue()

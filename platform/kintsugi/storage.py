@@ -1,0 +1,298 @@
+"""ObjectStore: bytes under keys, in a folder, in S3 or in memory, with conditional writes.
+
+This is the only place that touches boto3.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import tempfile
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from kintsugi.errors import (
+    ConfigError,
+    ObjectNotFound,
+    PreconditionFailed,
+    StoreError,
+    StoreUnavailable,
+)
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """What a listing knows of an object. `size` in bytes."""
+
+    key: str
+    size: int
+
+
+class ObjectStore(ABC):
+    """Bytes under `/`-separated keys below one root URI.
+
+    `put` takes at most one condition: `if_none_match` (create only) or `if_match` (an ETag that
+    `get_with_etag` gave); a condition that does not hold raises PreconditionFailed.
+    """
+
+    uri: str
+
+    @abstractmethod
+    def get_with_etag(self, key: str) -> tuple[bytes, str]: ...
+
+    @abstractmethod
+    def put(
+        self, key: str, data: bytes | Path, *, if_none_match: bool = False, if_match: str | None = None
+    ) -> None: ...
+
+    @abstractmethod
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]: ...
+
+    @abstractmethod
+    def delete(self, key: str) -> None: ...
+
+    @abstractmethod
+    def download(self, key: str, path: Path) -> None:
+        """Write the object to `path`, without holding it in memory where the store allows."""
+
+    def get(self, key: str) -> bytes:
+        return self.get_with_etag(key)[0]
+
+    def exists(self, key: str) -> bool:
+        return any(info.key == key for info in self.list(key))
+
+
+class MemoryStore(ObjectStore):
+    """A store in this process, for tests."""
+
+    def __init__(self) -> None:
+        self.uri = "memory://"
+        self._objects: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+
+    def get_with_etag(self, key: str) -> tuple[bytes, str]:
+        try:
+            data = self._objects[checked_key(key)]
+        except KeyError:
+            raise ObjectNotFound(_missing(self.uri, key)) from None
+        return data, sha256(data)
+
+    def put(self, key: str, data: bytes | Path, *, if_none_match: bool = False, if_match: str | None = None) -> None:
+        body = data if isinstance(data, bytes) else data.read_bytes()
+        with self._lock:
+            _check_condition(self._objects.get(checked_key(key)), key, if_none_match, if_match)
+            self._objects[key] = body
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        for key in sorted(self._objects):
+            if key.startswith(prefix):
+                yield ObjectInfo(key, len(self._objects[key]))
+
+    def delete(self, key: str) -> None:
+        self._objects.pop(checked_key(key), None)
+
+    def download(self, key: str, path: Path) -> None:
+        path.write_bytes(self.get(key))
+
+
+class LocalStore(ObjectStore):
+    """A store in a folder. Writes are atomic; conditions hold between processes of one machine."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.expanduser().resolve()
+        self.uri = str(self.root)
+
+    def get_with_etag(self, key: str) -> tuple[bytes, str]:
+        try:
+            data = self._path(key).read_bytes()
+        except (FileNotFoundError, IsADirectoryError):
+            raise ObjectNotFound(_missing(self.uri, key)) from None
+        return data, sha256(data)
+
+    def put(self, key: str, data: bytes | Path, *, if_none_match: bool = False, if_match: str | None = None) -> None:
+        path = self._path(key)
+        body = data if isinstance(data, bytes) else data.read_bytes()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with self._locked():
+                current = path.read_bytes() if path.exists() else None
+                _check_condition(current, key, if_none_match, if_match)
+                write_atomically(path, body)
+        except OSError as error:
+            raise StoreError(f"cannot write {path} ({error}): check the folder's permissions and free space") from error
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        base = self.root / prefix.rpartition("/")[0]
+        for path in sorted(p for p in base.rglob("*") if p.is_file()):
+            key = path.relative_to(self.root).as_posix()
+            if key.startswith(prefix) and not path.name.startswith(".kintsugi-"):
+                yield ObjectInfo(key, path.stat().st_size)
+
+    def delete(self, key: str) -> None:
+        self._path(key).unlink(missing_ok=True)
+
+    def download(self, key: str, path: Path) -> None:
+        path.write_bytes(self.get(key))
+
+    def _path(self, key: str) -> Path:
+        return self.root / checked_key(key)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Generator[None]:
+        with (self.root / ".kintsugi-lock").open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+
+class S3Store(ObjectStore):
+    """A store under `s3://bucket/prefix`; endpoint and credentials come from the standard AWS variables."""
+
+    def __init__(self, uri: str) -> None:
+        parts = urlsplit(uri)
+        if not parts.netloc or parts.query or parts.fragment:
+            raise ConfigError(f"{uri}: write a store as s3://bucket/prefix")
+        self.bucket = parts.netloc
+        self._prefix = parts.path.strip("/") + "/" if parts.path.strip("/") else ""
+        self.uri = f"s3://{self.bucket}/{self._prefix}".rstrip("/")
+
+    @cached_property
+    def _client(self) -> Any:
+        import boto3
+        from botocore.config import Config
+
+        retries = {"mode": "standard", "total_max_attempts": 5}
+        return boto3.client("s3", config=Config(retries=retries, connect_timeout=5, read_timeout=60))
+
+    def __reduce__(self) -> tuple[type["S3Store"], tuple[str]]:
+        return type(self), (self.uri,)
+
+    def get_with_etag(self, key: str) -> tuple[bytes, str]:
+        with self._errors(key):
+            answer = self._client.get_object(Bucket=self.bucket, Key=self._key(key))
+            return answer["Body"].read(), answer["ETag"]
+
+    def put(self, key: str, data: bytes | Path, *, if_none_match: bool = False, if_match: str | None = None) -> None:
+        condition = {"IfNoneMatch": "*"} if if_none_match else {"IfMatch": if_match} if if_match else {}
+        with self._errors(key):
+            if isinstance(data, Path) and not condition:
+                self._client.upload_file(str(data), self.bucket, self._key(key))
+            else:
+                body = data if isinstance(data, bytes) else data.read_bytes()
+                self._client.put_object(Bucket=self.bucket, Key=self._key(key), Body=body, **condition)
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self._prefix + prefix)
+        with self._errors(prefix):
+            for page in pages:
+                for found in page.get("Contents", ()):
+                    yield ObjectInfo(found["Key"][len(self._prefix) :], found["Size"])
+
+    def delete(self, key: str) -> None:
+        with self._errors(key):
+            self._client.delete_object(Bucket=self.bucket, Key=self._key(key))
+
+    def download(self, key: str, path: Path) -> None:
+        with self._errors(key):
+            self._client.download_file(self.bucket, self._key(key), str(path))
+
+    def create_bucket(self) -> None:
+        """Make the bucket if it is not there."""
+        with self._errors(""):
+            if self.bucket not in {b["Name"] for b in self._client.list_buckets()["Buckets"]}:
+                self._client.create_bucket(Bucket=self.bucket)
+
+    def _key(self, key: str) -> str:
+        return self._prefix + checked_key(key)
+
+    @contextlib.contextmanager
+    def _errors(self, key: str) -> Generator[None]:
+        from boto3.exceptions import S3UploadFailedError
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            yield
+        except ClientError as error:
+            raise _from_client_error(error, self.uri, key) from error
+        except S3UploadFailedError as error:
+            raise StoreUnavailable(f"uploading {self.uri}/{key} failed ({error}): try again") from error
+        except BotoCoreError as error:
+            raise StoreUnavailable(
+                f"{self.uri} did not answer ({error}): check AWS_ENDPOINT_URL and the credentials"
+            ) from error
+
+
+def open_store(uri: str) -> ObjectStore:
+    """The store at a folder path or an `s3://bucket/prefix`."""
+    if uri.startswith("s3://"):
+        return S3Store(uri)
+    if "://" in uri:
+        raise ConfigError(f"{uri}: a store is a folder or s3://bucket/prefix")
+    return LocalStore(Path(uri))
+
+
+def store_uri_from_environment() -> str:
+    """The root URI that `KINTSUGI_STORE` names.
+
+    Raises:
+        ConfigError: the variable is not set.
+    """
+    uri = os.environ.get("KINTSUGI_STORE", "")
+    if not uri:
+        raise ConfigError("KINTSUGI_STORE is not set: run 'kintsugi up', or set it to s3://bucket/prefix or a folder")
+    return uri
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write beside `path` and rename, so that no reader sees half a file."""
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=".kintsugi-")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+        os.replace(part, path)
+    except BaseException:
+        os.unlink(part)
+        raise
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def checked_key(key: str) -> str:
+    """The key itself, if it stays below the store's root."""
+    if not key or key.startswith("/") or any(part in ("", ".", "..") for part in key.split("/")) or "\0" in key:
+        raise StoreError(f"{key!r} is not a key: use names separated by single slashes, without '..'")
+    return key
+
+
+def _missing(uri: str, key: str) -> str:
+    return f"there is no {uri}/{key}"
+
+
+def _check_condition(current: bytes | None, key: str, if_none_match: bool, if_match: str | None) -> None:
+    if if_none_match and current is not None:
+        raise PreconditionFailed(f"{key} exists already")
+    if if_match and (current is None or sha256(current) != if_match):
+        raise PreconditionFailed(f"{key} was changed by someone else: read it again")
+
+
+def _from_client_error(error: Any, uri: str, key: str) -> StoreError:
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    if code in ("NoSuchKey", "404", "NotFound"):
+        return ObjectNotFound(_missing(uri, key))
+    if code == "NoSuchBucket":
+        return StoreError(f"{uri}: there is no such bucket: create it, or correct KINTSUGI_STORE")
+    if status in (409, 412):
+        return PreconditionFailed(f"{uri}/{key} exists already, or was changed by someone else")
+    if status in (401, 403):
+        return StoreError(f"{uri} refused the credentials ({code}): check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+    if status == 429 or status >= 500:
+        return StoreUnavailable(f"{uri} failed ({code or status}): try again")
+    return StoreError(f"{uri}/{key}: the store refused ({code or status}): {error}")
