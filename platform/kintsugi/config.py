@@ -33,20 +33,20 @@ class Section(BaseModel):
 class DataConfig(Section):
     """What is read and how training crops are cut."""
 
-    dataset: str = Field("demo", min_length=1, description="name, or name@digest")
-    crop: int = Field(256, ge=16, description="side of a training crop, px")
-    defect_crops: float = Field(0.5, ge=0, le=1, description="share of crops on a defect")
-    mask_dropout: float = Field(0.0, ge=0, le=1, description="share of crops with the mask withheld")
+    dataset: str = Field(default="demo", min_length=1, description="name, or name@digest")
+    crop: int = Field(default=256, ge=16, description="side of a training crop, px")
+    defect_crops: float = Field(default=0.5, ge=0, le=1, description="share of crops on a defect")
+    mask_dropout: float = Field(default=0.0, ge=0, le=1, description="share of crops with the mask withheld")
     flips: bool = True
-    batch_size: int = Field(8, ge=1, description="over all workers together")
-    loader_processes: int = Field(0, ge=0, description="decoding processes for each worker")
+    batch_size: int = Field(default=8, ge=1, description="over all workers together")
+    loader_processes: int = Field(default=0, ge=0, description="decoding processes for each worker")
 
 
 class DegradationConfig(Section):
     """How a clean image becomes the model's input where no degraded one was given."""
 
     presets: dict[Preset, float] = Field(default_factory=lambda: {"kla": 1.0})
-    use_given: bool = Field(True, description="prefer the dataset's own degraded images")
+    use_given: bool = Field(default=True, description="prefer the dataset's own degraded images")
 
     @field_validator("presets")
     @classmethod
@@ -60,13 +60,15 @@ class ModelConfig(Section):
     """RestorationUNet. Defaults are the published recipe."""
 
     channels: Literal[1, 3] = 3
-    base: int = Field(64, ge=4, description="channels of the first level; doubles at each level")
-    levels: int = Field(4, ge=1, le=6)
+    base: int = Field(default=64, ge=4, description="channels of the first level; doubles at each level")
+    levels: int = Field(default=4, ge=1, le=6)
     skips: tuple[bool, ...] = (False, False, False, False)
     reduction: tuple[int, ...] = (16, 16, 16, 16)
-    dropout: float = Field(0.15, ge=0, lt=1)
-    mask: Literal["given", "none"] = "given"
-    residual: bool = Field(False, description="predict the correction instead of the image")
+    dropout: float = Field(default=0.15, ge=0, lt=1)
+    mask: Literal["given", "optional", "none"] = Field(
+        default="given", description="an input always, an input that may be withheld, or no input"
+    )
+    residual: bool = Field(default=False, description="predict the correction instead of the image")
 
     @field_validator("skips", "reduction", mode="before")
     @classmethod
@@ -86,11 +88,11 @@ class ModelConfig(Section):
 class LossWeights(Section):
     """Shares of the five parts; they sum to 1."""
 
-    defect: float = Field(0.25, ge=0)
-    ssim: float = Field(0.30, ge=0)
-    perceptual: float = Field(0.20, ge=0)
-    edge: float = Field(0.15, ge=0)
-    basic: float = Field(0.10, ge=0)
+    defect: float = Field(default=0.25, ge=0)
+    ssim: float = Field(default=0.30, ge=0)
+    perceptual: float = Field(default=0.20, ge=0)
+    edge: float = Field(default=0.15, ge=0)
+    basic: float = Field(default=0.10, ge=0)
 
     @model_validator(mode="after")
     def _sums_to_one(self) -> Self:
@@ -104,9 +106,9 @@ class PerceptualConfig(Section):
     """VGG features for the perceptual part (Johnson et al., ECCV 2016)."""
 
     network: Literal["vgg11", "vgg16", "vgg19"] = "vgg16"
-    layers: tuple[int, ...] = Field((3, 8, 15), description="indices into torchvision's vgg.features")
-    weights: str = Field("imagenet", description="imagenet, random, or the path of a state dict")
-    seed: int = Field(0, description="of the random weights")
+    layers: tuple[int, ...] = Field(default=(3, 8, 15), description="indices into torchvision's vgg.features")
+    weights: str = Field(default="imagenet", description="imagenet, random, or the path of a state dict")
+    seed: int = Field(default=0, description="of the random weights")
 
 
 class LossConfig(Section):
@@ -117,34 +119,34 @@ class LossConfig(Section):
 class OptimConfig(Section):
     """AdamW with cosine annealing and warm restarts (Loshchilov and Hutter, ICLR 2017 and 2019)."""
 
-    learning_rate: float = Field(1e-4, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    restart_epochs: int = Field(10, ge=1, description="length of the first cycle")
-    restart_factor: int = Field(2, ge=1, description="growth of the cycles")
-    min_learning_rate: float = Field(1e-6, ge=0)
-    clip_norm: float = Field(1.0, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    restart_epochs: int = Field(default=10, ge=1, description="length of the first cycle")
+    restart_factor: int = Field(default=2, ge=1, description="growth of the cycles")
+    min_learning_rate: float = Field(default=1e-6, ge=0)
+    clip_norm: float = Field(default=1.0, gt=0)
 
 
 class TrainConfig(Section):
-    epochs: int = Field(250, ge=1)
-    steps_per_epoch: int | None = Field(None, ge=1, description="default: one pass over the data")
-    patience: int = Field(25, ge=1, description="epochs without a better score before it stops")
-    validation_images: int | None = Field(None, ge=1, description="default: all")
+    epochs: int = Field(default=250, ge=1)
+    steps_per_epoch: int | None = Field(default=None, ge=1, description="default: one pass over the data")
+    patience: int = Field(default=25, ge=1, description="epochs without a better score before it stops")
+    validation_images: int | None = Field(default=None, ge=1, description="default: all")
     seed: int = 0
-    workers: int = Field(2, ge=1, description="DDP processes")
-    cpus_per_worker: float = Field(1.0, gt=0)
-    threads: int = Field(1, ge=1, description="torch threads of a CPU worker")
-    gpu: bool = Field(False, description="one GPU for each worker")
-    max_failures: int = Field(2, ge=-1, description="worker group restarts; -1 is without end")
+    workers: int = Field(default=2, ge=1, description="DDP processes")
+    cpus_per_worker: float = Field(default=1.0, gt=0)
+    threads: int = Field(default=1, ge=1, description="torch threads of a CPU worker")
+    gpu: bool = Field(default=False, description="one GPU for each worker")
+    max_failures: int = Field(default=2, ge=-1, description="worker group restarts; -1 is without end")
 
 
 class SearchConfig(Section):
-    trials: int = Field(16, ge=1)
-    max_concurrent: int = Field(2, ge=1)
-    epochs: int = Field(12, ge=1, description="budget of a trial that is not stopped")
-    grace_epochs: int = Field(2, ge=1, description="no trial is stopped before")
-    reduction_factor: int = Field(2, ge=2, description="one trial in this many survives a rung")
-    workers_per_trial: int = Field(1, ge=1)
+    trials: int = Field(default=16, ge=1)
+    max_concurrent: int = Field(default=2, ge=1)
+    epochs: int = Field(default=12, ge=1, description="budget of a trial that is not stopped")
+    grace_epochs: int = Field(default=2, ge=1, description="no trial is stopped before")
+    reduction_factor: int = Field(default=2, ge=2, description="one trial in this many survives a rung")
+    workers_per_trial: int = Field(default=1, ge=1)
 
 
 class ExperimentConfig(Section):
@@ -166,6 +168,8 @@ class ExperimentConfig(Section):
                 f"data.batch_size must be a multiple of train.workers (got {batch} and {workers}): "
                 f"set data.batch_size={-(-batch // workers) * workers}"
             )
+        if self.data.mask_dropout > 0 and self.model.mask != "optional":
+            raise ValueError(f"data.mask_dropout needs model.mask=optional (got {self.model.mask}): set one of the two")
         if self.data.crop < 2**self.model.levels:
             raise ValueError(
                 f"data.crop must be at least 2**model.levels = {2**self.model.levels} px (got {self.data.crop})"
@@ -202,7 +206,7 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> ExperimentCo
         key, separator, text = override.partition("=")
         if not separator:
             raise ConfigError(f"--set {override}: write it as key=value, for example --set train.epochs=3")
-        _set_key(tree, key.strip(), yaml.safe_load(text))
+        _set_key(tree, key.strip(), _value(override, text))
     return parse_config(tree, str(path))
 
 
@@ -212,6 +216,13 @@ def with_values(config: ExperimentConfig, values: Mapping[str, Any]) -> Experime
     for key, value in values.items():
         _set_key(tree, key, value)
     return parse_config(tree, "override")
+
+
+def _value(override: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML: quote it, or close its brackets") from error
 
 
 def _set_key(tree: dict[str, Any], key: str, value: Any) -> None:

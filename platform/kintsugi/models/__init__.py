@@ -1,0 +1,6 @@
+"""The restoration network and the feature network of its perceptual loss."""
+
+from kintsugi.models.perceptual import PerceptualDistance
+from kintsugi.models.unet import RestorationUNet, build_model
+
+__all__ = ["PerceptualDistance", "RestorationUNet", "build_model"]

@@ -1,0 +1,1 @@
+"""Training: state that resumes, a plain PyTorch loop, and Ray Train around it."""

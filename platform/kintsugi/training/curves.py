@@ -1,0 +1,49 @@
+"""Curves in TensorBoard's format, kept in the object store beside the run they belong to."""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from torch.utils.tensorboard.summary import hparams
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from kintsugi.storage import ObjectStore
+
+SHOWN_METRICS = ("score", "val/psnr", "val/defect_psnr")
+
+
+class Curves:
+    """Write scalars epoch by epoch; each `log` brings the event file in the store up to date.
+
+    A resumed run adds a second event file; TensorBoard joins them.
+    """
+
+    def __init__(self, store: ObjectStore, prefix: str, settings: Mapping[str, float | str] | None = None) -> None:
+        self._store, self._prefix = store, prefix
+        self._folder = tempfile.TemporaryDirectory(prefix="kintsugi-curves-")
+        self._writer = SummaryWriter(self._folder.name)
+        if settings:
+            self._write_settings(settings)
+
+    def log(self, metrics: Mapping[str, float], epoch: int) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, epoch)
+        self._writer.flush()
+        for path in Path(self._folder.name).iterdir():
+            self._store.put(f"{self._prefix}/{path.name}", path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._writer.close()
+        self._folder.cleanup()
+
+    def _write_settings(self, settings: Mapping[str, float | str]) -> None:
+        """The HParams table takes the values from the scalars of the same names, also of a run that was stopped."""
+        experiment, start, end = hparams(dict(settings), dict.fromkeys(SHOWN_METRICS, 0.0))
+        writer = self._writer._get_file_writer()  # type: ignore[reportPrivateUsage]
+        for summary in (experiment, start, end):
+            writer.add_summary(summary)

@@ -1,0 +1,179 @@
+"""Ray Train around the loop: DDP workers, checkpoints and curves in the store, resumption by run name."""
+
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.train import Checkpoint as RayCheckpoint
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer, get_device, prepare_model
+
+from kintsugi.config import ExperimentConfig, parse_config
+from kintsugi.data.dataset import SplitReader, open_split
+from kintsugi.errors import KintsugiError, StackError, TrainingError
+from kintsugi.losses import build_loss
+from kintsugi.models import PerceptualDistance
+from kintsugi.storage import open_store
+from kintsugi.training.curves import Curves
+from kintsugi.training.loop import Worker, fit
+from kintsugi.training.state import TrainState, build_state
+
+
+def connect() -> None:
+    """Join the Ray cluster that RAY_ADDRESS names; once a process.
+
+    Raises:
+        StackError: no address is set, or nothing answers there.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    if not address:
+        raise StackError("no Ray cluster: run 'kintsugi up', or set RAY_ADDRESS to a cluster's address")
+    try:
+        ray.init(address=address, ignore_reinit_error=True, logging_level=logging.WARNING)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise StackError(f"no Ray cluster answers at {address} ({error}): run 'kintsugi status'") from error
+
+
+def launch_training(
+    config: ExperimentConfig,
+    store_uri: str,
+    run: str,
+    *,
+    callbacks: Sequence[Any] = (),
+    settings: Mapping[str, float | str] | None = None,
+) -> None:
+    """Train on the connected Ray cluster until done; the same `run` again continues from its last checkpoint.
+
+    The checkpoints with the highest score and the last one stay under `runs/<run>/`; see
+    `kintsugi.checkpoint.fetch_best`.
+
+    Args:
+        run: name below `runs/` in the store, with slashes for runs within a search.
+        callbacks: Ray Train callbacks, for example Tune's.
+        settings: hyper-parameters that TensorBoard's HParams table shows for this run.
+
+    Raises:
+        TrainingError: the workers failed more often than `train.max_failures` allows.
+    """
+    payload = {"config": config.model_dump(mode="json"), "store": store_uri, "run": run, "settings": dict(settings or {})}
+    parent, _, name = f"runs/{run}".rpartition("/")
+    trainer = TorchTrainer(
+        _worker_loop,
+        train_loop_config=payload,
+        scaling_config=_scaling(config),
+        run_config=RunConfig(
+            name=name,
+            storage_path=f"{store_uri}/{parent}",
+            failure_config=FailureConfig(max_failures=config.train.max_failures),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=2, checkpoint_score_attribute="score", checkpoint_score_order="max"
+            ),
+            callbacks=list(callbacks),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:  # Ray wraps whatever a worker raised in errors of its own
+        raise _told(error, run) from error
+
+
+def _scaling(config: ExperimentConfig) -> ScalingConfig:
+    train = config.train
+    resources = {"CPU": train.cpus_per_worker, **({"GPU": 1} if train.gpu else {})}
+    return ScalingConfig(num_workers=train.workers, use_gpu=train.gpu, resources_per_worker=resources)
+
+
+def _worker_loop(payload: dict[str, Any]) -> None:
+    config = parse_config(payload["config"])
+    store = open_store(payload["store"])
+    torch.set_num_threads(config.train.threads)
+    train = open_split(store, config.data.dataset, "train")
+    val = open_split(store, config.data.dataset, "val")
+    context, device = ray.train.get_context(), get_device()
+    worker = Worker(context.get_world_rank(), context.get_world_size(), device)
+    state = build_state(config, train.digest, device)
+    earlier = ray.train.get_checkpoint()
+    if earlier is not None:
+        with earlier.as_directory() as folder:
+            state.load(Path(folder))
+    loss = build_loss(config.loss, _perceptual(config)).to(device)
+    with Curves(store, f"runs/{payload['run']}/curves", payload["settings"]) as curves:
+        report = _Reporter(config, curves, card(config, train, worker.world), worker.rank, payload["run"])
+        fit(state, config, train, val, loss, report, model=prepare_model(state.model), worker=worker)
+
+
+class _Reporter:
+    """Hand metrics and checkpoint of an epoch to Ray, to TensorBoard and to the person who watches."""
+
+    def __init__(
+        self, config: ExperimentConfig, curves: Curves, about: dict[str, Any], rank: int, run: str
+    ) -> None:
+        self._config, self._curves, self._about, self._rank = config, curves, about, rank
+        self._label = run.rpartition("/")[2]
+        self._started = time.monotonic()
+
+    def __call__(self, metrics: Mapping[str, float], state: TrainState) -> None:
+        if self._rank > 0:
+            ray.train.report(dict(metrics), checkpoint=None)
+            return
+        seconds, self._started = time.monotonic() - self._started, time.monotonic()
+        self._curves.log(metrics, state.epoch)
+        with tempfile.TemporaryDirectory(prefix="kintsugi-checkpoint-") as folder:
+            state.save(Path(folder), self._config, metrics, self._about)
+            ray.train.report(dict(metrics), checkpoint=RayCheckpoint.from_directory(folder))
+        # Not print(): Ray Train replaces it in its workers and shows every line twice.
+        sys.stderr.write(f"{self._label} {progress_line(metrics, self._config.train.epochs, seconds)}\n")
+
+
+def progress_line(metrics: Mapping[str, float], epochs: int, seconds: float) -> str:
+    """One epoch in one line; figures are aligned, gains are over the degraded input."""
+    defect = ""
+    if "val/defect_psnr" in metrics:
+        defect = f"  defect {metrics['val/defect_psnr']:.2f} dB ({metrics['val/defect_psnr_gain']:+.2f})"
+    return (
+        f"epoch {int(metrics['epoch']):3d}/{epochs}  loss {metrics['loss/total']:.4f}"
+        f"  PSNR {metrics['val/psnr']:.2f} dB ({metrics['val/psnr_gain']:+.2f}){defect}  {seconds:.0f} s"
+    )
+
+
+def card(config: ExperimentConfig, train: SplitReader, world: int) -> dict[str, Any]:
+    """How the model came to be, kept in its checkpoint."""
+    weights = config.loss.perceptual.weights
+    used = config.loss.weights.perceptual > 0
+    return {
+        "dataset": config.data.dataset,
+        "dataset_digest": train.digest,
+        "perceptual": f"{config.loss.perceptual.network}, {weights} weights" if used else "not used",
+        "world_size": world,
+        "versions": {name: version(name) for name in ("kintsugi", "torch", "ray", "kornia", "timm")},
+    }
+
+
+def _perceptual(config: ExperimentConfig) -> PerceptualDistance | None:
+    return PerceptualDistance(config.loss.perceptual) if config.loss.weights.perceptual > 0 else None
+
+
+def check_perceptual(config: ExperimentConfig) -> None:
+    """Load the feature network once before anything starts, so that missing weights are told at once."""
+    _perceptual(config)
+
+
+def _told(error: Exception, run: str) -> KintsugiError:
+    """The one of our own errors that lies inside what Ray raised, or a sentence about the rest."""
+    seen: BaseException | None = error
+    while seen is not None:
+        for inner in (seen, *getattr(seen, "worker_failures", {}).values()):
+            cause = getattr(inner, "cause", inner)
+            if isinstance(cause, KintsugiError):
+                return cause
+        seen = seen.__cause__
+    return TrainingError(f"run {run} failed ({type(error).__name__}: {error}): the same --run continues it")

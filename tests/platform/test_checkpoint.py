@@ -1,0 +1,70 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from kintsugi.checkpoint import fetch_best, load_checkpoint, load_model, load_train_state, save_checkpoint
+from kintsugi.config import ExperimentConfig
+from kintsugi.errors import IntegrityError, TrainingError
+from kintsugi.manifest import make_manifest, put_folder
+from kintsugi.models import RestorationUNet, build_model
+from kintsugi.storage import MemoryStore
+
+
+def saved(folder: Path, config: ExperimentConfig, score: float = 1.5, seed: int = 0) -> RestorationUNet:
+    torch.manual_seed(seed)
+    model = build_model(config.model)
+    save_checkpoint(folder, model, config, {"score": score}, {"dataset_digest": "d"}, {"epoch": 3, "t": torch.ones(2)})
+    return model
+
+
+def test_the_folder_alone_rebuilds_the_model(tmp_path: Path, tiny_config: ExperimentConfig) -> None:
+    model = saved(tmp_path / "a", tiny_config)
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    found = load_checkpoint(tmp_path / "b")
+    image = torch.rand(1, 1, 32, 32)
+    assert found.config == tiny_config
+    assert (found.metrics, found.card) == ({"score": 1.5}, {"dataset_digest": "d"})
+    assert torch.equal(load_model(found)(image), model.eval()(image))
+    assert load_train_state(found)["epoch"] == 3
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "config.yaml", "metrics.json", "train_state.pt"])
+def test_a_flipped_bit_in_any_file_is_refused(tmp_path: Path, tiny_config: ExperimentConfig, name: str) -> None:
+    saved(tmp_path, tiny_config)
+    data = bytearray((tmp_path / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(IntegrityError, match=name):
+        load_checkpoint(tmp_path)
+
+
+def test_a_folder_without_its_manifest_is_no_checkpoint(tmp_path: Path, tiny_config: ExperimentConfig) -> None:
+    saved(tmp_path, tiny_config)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(IntegrityError, match="no finished checkpoint"):
+        load_checkpoint(tmp_path)
+
+
+def test_fetch_best_takes_the_highest_score_and_falls_back_when_it_is_damaged(
+    tmp_path: Path, tiny_config: ExperimentConfig
+) -> None:
+    store = MemoryStore()
+    for epoch, score in enumerate((1.0, 3.0, 2.0)):
+        folder = tmp_path / str(epoch)
+        saved(folder, tiny_config, score, seed=epoch)
+        put_folder(store, f"runs/r/checkpoint_{epoch}", folder, make_manifest(folder, "checkpoint"))
+    assert fetch_best(store, "r", tmp_path / "best").metrics["score"] == 3.0
+    store.put("runs/r/checkpoint_1/weights.safetensors", b"torn")
+    assert fetch_best(store, "r", tmp_path / "next").metrics["score"] == 2.0
+
+
+def test_a_checkpoint_whose_manifest_never_arrived_is_not_seen(tmp_path: Path, tiny_config: ExperimentConfig) -> None:
+    store = MemoryStore()
+    saved(tmp_path, tiny_config)
+    for path in tmp_path.iterdir():
+        if path.name != "manifest.json":
+            store.put(f"runs/r/checkpoint_0/{path.name}", path)
+    with pytest.raises(TrainingError, match="no whole checkpoint"):
+        fetch_best(store, "r", tmp_path / "best")

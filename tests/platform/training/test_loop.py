@@ -1,0 +1,89 @@
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from kintsugi.config import ExperimentConfig, with_values
+from kintsugi.data.dataset import open_split
+from kintsugi.errors import TrainingError
+from kintsugi.losses import RestorationLoss, build_loss
+from kintsugi.models import PerceptualDistance
+from kintsugi.storage import LocalStore
+from kintsugi.training.loop import fit
+from kintsugi.training.state import TrainState, build_state
+
+Reported = list[tuple[dict[str, float], dict[str, torch.Tensor]]]
+
+
+def loss_of(config: ExperimentConfig) -> RestorationLoss:
+    return build_loss(config.loss, PerceptualDistance(config.loss.perceptual))
+
+
+def run(store: LocalStore, config: ExperimentConfig, state: TrainState | None = None) -> tuple[Reported, TrainState]:
+    train, val = open_split(store, "tiny", "train"), open_split(store, "tiny", "val")
+    state = state or build_state(config, train.digest)
+    reported: Reported = []
+
+    def report(metrics: Mapping[str, float], now: TrainState) -> None:
+        reported.append((dict(metrics), {k: v.clone() for k, v in now.model.state_dict().items()}))
+
+    fit(state, config, train, val, loss_of(config), report)
+    return reported, state
+
+
+def test_training_lowers_the_loss_and_beats_the_degraded_images(
+    tiny_store: LocalStore, tiny_config: ExperimentConfig
+) -> None:
+    reported, _ = run(tiny_store, with_values(tiny_config, {"train.epochs": 4, "train.steps_per_epoch": 15}))
+    losses = [metrics["loss/total"] for metrics, _ in reported]
+    assert losses[-1] < 0.8 * losses[0]
+    assert reported[-1][0]["score"] > 1.0
+
+
+def test_every_loss_part_and_both_gains_are_reported(tiny_store: LocalStore, tiny_config: ExperimentConfig) -> None:
+    (metrics, _), *_ = run(tiny_store, tiny_config)[0]
+    parts = {f"loss/{name}" for name in ("defect", "ssim", "perceptual", "edge", "basic", "total")}
+    assert parts | {"val/psnr_gain", "val/defect_psnr_gain", "score", "epoch", "learning_rate"} <= metrics.keys()
+    assert metrics["score"] == min(metrics["val/psnr_gain"], metrics["val/defect_psnr_gain"])
+
+
+def test_a_resumed_run_gives_the_very_same_losses_and_weights(
+    tmp_path: Path, tiny_store: LocalStore, tiny_config: ExperimentConfig
+) -> None:
+    config = with_values(tiny_config, {"train.epochs": 3})
+    straight, _ = run(tiny_store, config)
+    _, halfway = run(tiny_store, with_values(config, {"train.epochs": 1}))
+    halfway.save(tmp_path, config, {"score": 0.0}, {})
+    torch.manual_seed(999)
+    state = build_state(with_values(config, {"train.seed": 77}), halfway.dataset_digest)
+    state.load(tmp_path)
+    resumed, _ = run(tiny_store, config, state)
+    assert [metrics for metrics, _ in resumed] == [metrics for metrics, _ in straight[1:]]
+    for name, value in straight[-1][1].items():
+        assert torch.equal(value, resumed[-1][1][name]), name
+
+
+def test_it_stops_when_patience_runs_out(tiny_store: LocalStore, tiny_config: ExperimentConfig) -> None:
+    config = with_values(tiny_config, {"train.epochs": 9, "train.patience": 2, "optim.learning_rate": 1e-12,
+                                       "optim.min_learning_rate": 0.0})
+    reported, state = run(tiny_store, config)
+    assert len(reported) == state.epoch == 3
+    assert state.stale == 2
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_store: LocalStore, tiny_config: ExperimentConfig) -> None:
+    state = build_state(tiny_config, open_split(tiny_store, "tiny", "train").digest)
+    state.model.background_head.bias.data.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="not|no longer finite"):
+        run(tiny_store, tiny_config, state)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(
+    tiny_store: LocalStore, tiny_config: ExperimentConfig
+) -> None:
+    config = with_values(tiny_config, {"train.epochs": 1})
+    first, again = (run(tiny_store, config)[0][0][0] for _ in range(2))
+    other = run(tiny_store, with_values(config, {"train.seed": 1}))[0][0][0]
+    assert first == again
+    assert first["loss/total"] != other["loss/total"]
