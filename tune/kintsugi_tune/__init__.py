@@ -1,0 +1,1 @@
+"""Search over experiment configs with Ray Tune."""
