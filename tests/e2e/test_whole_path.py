@@ -1,0 +1,256 @@
+"""The whole path through a real S3 server, a real Ray cluster and real HTTP, by the commands that users type.
+
+One stack for the module; its data, models and endpoint are built once by fixtures that depend on each other.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import numpy as np
+import pytest
+import yaml
+
+from kintsugi import imaging
+from kintsugi.data.synthetic import write_synthetic
+from kintsugi.storage import S3Store
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+SMALL = [
+    "data.crop=48",
+    "model.base=8",
+    "train.steps_per_epoch=10",
+    "train.validation_images=6",
+    "train.epochs=2",
+    "search.trials=2",
+    "search.epochs=1",
+]
+
+
+class Machine:
+    """Runs `kintsugi` commands against one home folder."""
+
+    def __init__(self, home: Path, root: Path) -> None:
+        self.root = root
+        self.environment = {
+            **{key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "RAY_", "KINTSUGI_"))},
+            "KINTSUGI_HOME": str(home),
+            "KINTSUGI_CACHE": str(home / "cache"),
+        }
+
+    def start(self, *command: str) -> "subprocess.Popen[str]":
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(
+            [sys.executable, "-m", "kintsugi.cli", *command], cwd=self.root, env=self.environment, **pipes
+        )
+
+    def run(self, *command: str) -> "subprocess.CompletedProcess[str]":
+        process = self.start(*command)
+        out, err = process.communicate(timeout=500)
+        assert process.returncode == 0, f"kintsugi {' '.join(command)}\n{out[-2000:]}\n{err[-6000:]}"
+        return subprocess.CompletedProcess(command, 0, out, err)
+
+    def ask(self, *command: str) -> Any:
+        return json.loads(self.run(*command, "--json").stdout.strip().splitlines()[-1])
+
+    def train(self, *options: str) -> Sequence[str]:
+        sets = [part for value in SMALL for part in ("--set", value)]
+        return ("train", "platform/configs/demo.yaml", "--name", "unet", *sets, *options)
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Generator[Machine]:
+    root = Path(__file__).parents[2]
+    machine = Machine(tmp_path_factory.mktemp("home"), root)
+    ports = [part for name in ("s3", "dashboard", "tensorboard", "ray", "endpoint") for part in (f"--{name}-port", "0")]
+    try:
+        machine.run("up", *ports, "--cpus", "2")
+        yield machine
+    finally:
+        machine.run("down")
+
+
+@pytest.fixture(scope="module")
+def addresses(machine: Machine) -> dict[str, str]:
+    return {row["name"]: row["address"] for row in machine.ask("status")}
+
+
+@pytest.fixture(scope="module")
+def store(machine: Machine) -> Generator[S3Store]:
+    """The stack's store, with its credentials in this process's environment."""
+    from kintsugi import local
+
+    home = Path(machine.environment["KINTSUGI_HOME"])
+    stack = local.find(home)
+    assert stack is not None
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in local.environment(stack, home).items():
+            patch.setenv(name, value)
+        yield S3Store(os.environ["KINTSUGI_STORE"])
+
+
+@pytest.fixture(scope="module")
+def dataset(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = write_synthetic(tmp_path_factory.mktemp("images"), parts=20, size=96)
+    return machine.ask("data", "build", "pairs", str(folder), "--name", "demo")
+
+
+@pytest.fixture(scope="module")
+def trained(machine: Machine, dataset: dict[str, Any]) -> dict[str, Any]:
+    return machine.ask(*machine.train("--run", "first"))
+
+
+@pytest.fixture(scope="module")
+def endpoint(machine: Machine, trained: dict[str, Any]) -> str:
+    machine.run("models", "promote", trained["model"])
+    return machine.ask("serve", "--model", "unet@production")["address"]
+
+
+def test_images_become_a_dataset_in_s3(machine: Machine, store: S3Store, dataset: dict[str, Any]) -> None:
+    assert dataset["samples"] == 60 and not dataset["bad"]
+    assert set(dataset["counts"]["splits"]) == {"train", "val", "test"}
+    keys = [info.key for info in store.list(f"datasets/demo/{dataset['digest']}/")]
+    assert any(key.endswith("manifest.json") for key in keys)
+
+
+def test_training_on_two_workers_publishes_a_model_with_its_origin(
+    machine: Machine, dataset: dict[str, Any], trained: dict[str, Any]
+) -> None:
+    shown = machine.ask("models", "show", trained["model"])
+    assert shown["dataset_digest"] == dataset["digest"]
+    assert shown["card"]["world_size"] == 2
+    assert shown["card"]["perceptual"] == "vgg11, random weights"
+    assert shown["scores"]["epoch"] in (1.0, 2.0)
+
+
+def test_a_run_whose_driver_was_killed_continues_under_its_name(
+    machine: Machine, store: S3Store, trained: dict[str, Any]
+) -> None:
+    command = machine.train("--run", "killed", "--set", "train.epochs=4")
+    process = machine.start(*command)
+    deadline = time.monotonic() + 240
+    while not any(info.key.endswith("manifest.json") for info in store.list("runs/killed/")):
+        assert process.poll() is None and time.monotonic() < deadline, "no checkpoint came"
+        time.sleep(0.2)  # polls the store
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    again = machine.run(*command, "--json")
+    epochs = [line.split("epoch")[1].split("/")[0].strip() for line in again.stderr.splitlines() if " epoch " in line]
+    assert epochs and "1" not in epochs and epochs[-1] == "4"
+
+
+def test_a_search_publishes_its_winner_and_leaves_curves(
+    machine: Machine, store: S3Store, addresses: dict[str, str], trained: dict[str, Any]
+) -> None:
+    sets = [part for value in SMALL for part in ("--set", value)]
+    options = ("--config", "platform/configs/demo.yaml", "--name", "unet", "--search", "found", *sets)
+    result = machine.ask("tune", "tune/spaces/restoration.yaml", *options)
+    assert len(result["trials"]) == 2 and all(trial["score"] is not None for trial in result["trials"])
+    assert result["model"] in [version["ref"] for version in machine.ask("models", "list")]
+    runs = [trial["run"] for trial in result["trials"]]
+    deadline = time.monotonic() + 60
+    while not all(any(run in shown for shown in _tensorboard_runs(addresses)) for run in runs):
+        assert time.monotonic() < deadline, "TensorBoard does not show the trials"
+        time.sleep(0.5)  # polls TensorBoard
+
+
+def _tensorboard_runs(addresses: dict[str, str]) -> list[str]:
+    return httpx.get(f"{addresses['tensorboard'].rstrip('/')}/data/runs", timeout=30).json()
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("png", np.uint8), ("png", np.uint16), ("tiff", np.uint16)])
+def test_an_image_comes_back_over_http_in_its_own_format_size_and_depth(
+    endpoint: str, trained: dict[str, Any], kind: imaging.Format, dtype: type
+) -> None:
+    top = int(np.iinfo(dtype).max)
+    pixels = (np.random.default_rng(0).random((75, 110)) * top).astype(dtype)
+    image = imaging.Image(pixels, kind, top)
+    answer = httpx.post(f"{endpoint}/v1/restore", content=imaging.encode(image), timeout=60)
+    assert answer.status_code == 200, answer.text
+    back = imaging.decode(answer.content)
+    assert (back.format, back.size, back.pixels.dtype) == (kind, image.size, pixels.dtype)
+    assert not np.array_equal(back.pixels, pixels)
+    assert answer.headers["X-Kintsugi-Model-Digest"] == trained["digest"]
+    assert 0 <= float(answer.headers["X-Kintsugi-Defect-Retention"]) <= 1
+
+
+def test_the_endpoint_and_the_command_line_give_the_same_bytes(
+    machine: Machine, endpoint: str, tmp_path: Path
+) -> None:
+    pixels = (np.random.default_rng(1).random((64, 90)) * 255).astype(np.uint8)
+    source, target = tmp_path / "in.png", tmp_path / "out.png"
+    source.write_bytes(imaging.encode(imaging.Image(pixels)))
+    machine.run("restore", "unet@production", str(source), str(target))
+    answer = httpx.post(f"{endpoint}/v1/restore", content=source.read_bytes(), timeout=60)
+    assert answer.content == target.read_bytes()
+
+
+def test_an_image_in_s3_is_restored_to_s3(endpoint: str, store: S3Store) -> None:
+    pixels = (np.random.default_rng(2).random((40, 50)) * 65535).astype(np.uint16)
+    body = imaging.encode(imaging.Image(pixels, "tiff", 65535))
+    store.put("inputs/line-1/a.tiff", body)
+    request = {"input": f"{store.uri}/inputs/line-1/a.tiff", "output": f"{store.uri}/outputs/line-1/a.tiff"}
+    answer = httpx.post(f"{endpoint}/v1/restore/s3", json=request, timeout=60)
+    assert answer.status_code == 200, answer.text
+    direct = httpx.post(f"{endpoint}/v1/restore", content=body, timeout=60)
+    assert store.get("outputs/line-1/a.tiff") == direct.content
+
+
+def test_bad_input_is_told_and_restarts_nothing(endpoint: str) -> None:
+    before = httpx.get(f"{endpoint}/v1/models", timeout=30).json()
+    truncated = imaging.encode(imaging.Image(np.zeros((64, 64), np.uint8)))[:60]
+    for body, status in ((b"not an image", 415), (truncated, 422), (b"", 400)):
+        answer = httpx.post(f"{endpoint}/v1/restore", content=body, timeout=30)
+        assert answer.status_code in (status, 415, 422), answer.text
+        assert answer.headers["content-type"].startswith("application/problem+json")
+        assert answer.json()["code"]
+    assert httpx.get(f"{endpoint}/readyz", timeout=30).status_code == 200
+    assert httpx.get(f"{endpoint}/v1/models", timeout=30).json() == before
+
+
+def test_evaluation_writes_scorecard_and_picture(machine: Machine, trained: dict[str, Any], tmp_path: Path) -> None:
+    card, picture = tmp_path / "card.json", tmp_path / "worst.png"
+    files = ("--output", str(card), "--picture", str(picture))
+    machine.run("evaluate", trained["model"], "--split", "test", *files)
+    figures = json.loads(card.read_text())["overall"]
+    assert {"psnr", "ssim", "defect_psnr", "defect_ssim", "defect_psnr_zeroed", "defect_ssim_zeroed"} <= figures.keys()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_standard_platform_module_works_in_a_ray_task_with_the_root_as_working_directory(
+    machine: Machine, store: S3Store
+) -> None:
+    code = textwrap.dedent("""
+        import os, ray
+        excludes = [".venv", ".git", ".kintsugi", "**/*.png"]
+        ray.init(log_to_driver=False, runtime_env={"working_dir": os.getcwd(), "excludes": excludes})
+        @ray.remote(num_cpus=0.1)
+        def look():
+            import platform
+            from ray import serve, tune
+            return platform.system(), sorted(os.listdir("."))
+        print(ray.get(look.remote()))
+    """)
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=machine.root, env={**os.environ}, capture_output=True, text=True, timeout=120
+    )
+    assert found.returncode == 0, found.stderr
+    assert "'Linux'" in found.stdout and "'platform'" in found.stdout and "'serve'" in found.stdout
+
+
+def test_the_dashboard_answers(addresses: dict[str, str]) -> None:
+    assert httpx.get(addresses["dashboard"], timeout=30).status_code == 200
+
+
+def test_the_serve_config_file_names_what_the_rooms_hold(machine: Machine) -> None:
+    config = yaml.safe_load((machine.root / "serve/application.yaml").read_text())
+    assert config["applications"][0]["import_path"] == "kintsugi_serve.app:build"
