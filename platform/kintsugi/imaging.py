@@ -1,12 +1,15 @@
 """Decode and encode inspection images without losing a bit. The only place that touches a codec.
 
 PNG, TIFF, JPEG and BMP; grey or RGB; 8 or 16 bit. What would be changed behind the user's back (alpha,
-palettes, float, several pages) is refused. Depth inside the container is explicit: a 12-bit camera writes
+palettes, float, packed bits, several pages) is refused, and so is a file that is cut off. Pixels stay as stored: no
+orientation tag turns them. Depth inside the container is explicit: a 12-bit camera writes
 16-bit files whose `white_level` is 4095.
 """
 
+import contextlib
 import io
 import warnings
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -31,6 +34,9 @@ _MAGIC: tuple[tuple[bytes, Format], ...] = (
     (b"\xff\xd8\xff", "jpeg"),
     (b"BM", "bmp"),
 )
+_NEGATIVE = ("photometric", "miniswhite")
+_DEPTHS = (np.uint8, np.uint16)
+_PILLOW_MODES = {"L": "grey", "RGB": "rgb", "1": "black and white", "P": "palette"}
 _PNG_MODES = {0: "grey", 2: "rgb", 3: "palette", 4: "grey with alpha", 6: "rgb with alpha"}
 
 
@@ -62,8 +68,9 @@ class Image:
         return self.pixels.dtype.itemsize * 8
 
     def to_unit(self) -> NDArray[np.float32]:
-        """float32 in [0, 1], shaped as `pixels`."""
-        return self.pixels.astype(np.float32) / np.float32(self.white_level)
+        """float32 in [0, 1], 0 is black, shaped as `pixels`."""
+        unit = self.pixels.astype(np.float32) / np.float32(self.white_level)
+        return 1 - unit if self._stores_negative else unit
 
     def with_unit(self, unit: NDArray[np.float32]) -> "Image":
         """The same kind of image with other content; `unit` is shaped as `pixels`, clipped to [0, 1]."""
@@ -71,8 +78,13 @@ class Image:
             raise ImageError("mismatch", f"expected an image of shape {self.pixels.shape}, got {unit.shape}")
         if not np.isfinite(unit).all():
             raise ImageError("mismatch", "the image holds values that are not finite")
-        levels = np.rint(np.clip(unit.astype(np.float64), 0, 1) * self.white_level)
+        shares = np.clip(unit.astype(np.float64), 0, 1)
+        levels = np.rint((1 - shares if self._stores_negative else shares) * self.white_level)
         return replace(self, pixels=levels.astype(self.pixels.dtype))
+
+    @property
+    def _stores_negative(self) -> bool:
+        return _NEGATIVE in self.tags
 
 
 def decode(data: bytes, *, white_level: int | None = None, max_pixels: int = MAX_PIXELS) -> Image:
@@ -93,27 +105,33 @@ def decode(data: bytes, *, white_level: int | None = None, max_pixels: int = MAX
         raise ImageError("over_white_level", f"white level {level} does not fit {pixels.dtype}: give 1 to {full_scale}")
     if white_level is not None and int(pixels.max()) > level:
         raise ImageError(
-            "over_white_level", f"the image holds {int(pixels.max())}, above the white level {level}: give the right one"
+            "over_white_level",
+            f"the image holds {int(pixels.max())}, above the white level {level}: give the right one",
         )
     return Image(pixels, kind, level, tags)
 
 
 def decode_mask(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.bool_]:
-    """Read a defect mask as (H, W) bool: every value but 0 is defect, whatever the file's depth or palette."""
+    """Read a defect mask as (H, W) bool: all but black is defect, at any depth, with any palette.
+
+    JPEG rings around edges, so there only the brighter half is defect.
+    """
     kind = sniff(data)
     if kind == "tiff":
-        pixels, _ = _decode_tiff(data, max_pixels)
+        pixels, tags = _decode_tiff(data, max_pixels, (*_DEPTHS, np.bool_))
+        pixels = ~pixels if _NEGATIVE in tags else pixels
     else:
-        _check_size(*_header_size(data, kind), max_pixels)
+        with _header(data, kind) as header:
+            _check_size(header.height, header.width, max_pixels)
         pixels = _opencv(data)
         # Alpha, where a drawing tool left it, says nothing about defects.
         pixels = pixels[..., :3] if pixels.ndim == 3 else pixels
-    mask = pixels > 0
+    mask = pixels > (127 if kind == "jpeg" else 0)
     return mask.any(axis=2) if mask.ndim == 3 else mask
 
 
-def encode(image: Image) -> bytes:
-    """Write the image in its own format: lossless, except JPEG, which is written at quality 100 in 4:4:4."""
+def encode(image: Image, *, quality: int = 100) -> bytes:
+    """Write the image in its own format: lossless, except JPEG, which is written at `quality` in 4:4:4."""
     if image.format == "tiff":
         return _encode_tiff(image)
     if image.bit_depth == 16 and image.format != "png":
@@ -123,7 +141,7 @@ def encode(image: Image) -> bytes:
         "png": [cv2.IMWRITE_PNG_COMPRESSION, 1],
         "jpeg": [
             cv2.IMWRITE_JPEG_QUALITY,
-            100,
+            quality,
             cv2.IMWRITE_JPEG_SAMPLING_FACTOR,
             cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
         ],
@@ -140,10 +158,11 @@ def encode_mask(mask: NDArray[np.bool_]) -> bytes:
 
 
 def convert(image: Image, kind: Format) -> Image:
-    """The same pixels for another container."""
+    """The same picture for another container."""
     if kind not in get_args(Format):
         raise ImageError("unsupported_format", f"{kind} is not a format: use png, tiff, jpeg or bmp")
-    return replace(image, format=kind, tags=())
+    pixels = image.white_level - image.pixels if _NEGATIVE in image.tags else image.pixels
+    return replace(image, pixels=pixels.astype(image.pixels.dtype), format=kind, tags=())
 
 
 def sniff(data: bytes) -> Format:
@@ -174,61 +193,101 @@ def _opencv(data: bytes) -> Any:
 
 
 def _check_header(data: bytes, kind: Format, max_pixels: int) -> None:
-    if kind == "png" and len(data) > 26:
-        mode = _PNG_MODES.get(data[25], "unknown")
-        if mode not in ("grey", "rgb") or data[24] not in (8, 16):
-            raise ImageError(
-                "unsupported_mode", f"a {data[24]}-bit PNG in mode '{mode}' is not restored: save it as 8- or 16-bit grey or RGB"
-            )
-        if b"acTL" in data[:4096]:
-            raise ImageError("unsupported_mode", "an animated PNG is not restored: send its frames one by one")
-    _check_size(*_header_size(data, kind), max_pixels)
+    """Refuse by the header alone what is too large or would not come back as it is."""
+    with _header(data, kind) as header:
+        _check_size(header.height, header.width, max_pixels)
+        if getattr(header, "is_animated", False):
+            raise ImageError("unsupported_mode", f"a {kind} of several pictures is not restored: send them one by one")
+        if kind == "png":
+            mode, bits = _PNG_MODES.get(data[25], "unknown"), data[24]
+        else:
+            mode, bits = _PILLOW_MODES.get(header.mode, header.mode), _bmp_bits(data) if kind == "bmp" else 8
+        if "transparency" in header.info:
+            mode += " with a transparent colour"
+    if mode not in ("grey", "rgb") or bits not in ((8, 24) if kind == "bmp" else (8, 16)):
+        raise ImageError(
+            "unsupported_mode",
+            f"a {kind} of {bits} bits in mode '{mode}' is not restored: save it as 8- or 16-bit grey or RGB",
+        )
 
 
-def _header_size(data: bytes, kind: Format) -> tuple[int, int]:
+@contextlib.contextmanager
+def _header(data: bytes, kind: Format) -> Generator[PillowImage.Image]:
+    """Pillow's view of the file, before any pixel is decompressed."""
+    if kind == "png":
+        _check_png_chunks(data)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PillowImage.DecompressionBombWarning)
-            with PillowImage.open(io.BytesIO(data), formats=[kind.upper()]) as header:
-                if kind in ("jpeg", "bmp") and header.mode not in ("L", "RGB", "1", "P"):
-                    raise ImageError("unsupported_mode", f"{kind} in mode {header.mode} is not restored: save it as grey or RGB")
-                return header.height, header.width
+            header = PillowImage.open(io.BytesIO(data), formats=[kind.upper()])
     except PillowImage.DecompressionBombError as error:
         raise ImageError("too_large", f"the image is too large ({error})") from error
     except (OSError, SyntaxError, ValueError) as error:
-        raise ImageError("undecodable", f"the image's header cannot be read ({error})") from error
+        raise ImageError("undecodable", "the image's header cannot be read: it is damaged or cut off") from error
+    with header:
+        yield header
+
+
+def _check_png_chunks(data: bytes) -> None:
+    """Refuse a chunk that claims to reach beyond the file: OpenCV 5.0 would first clear up to 2 GiB for it."""
+    at = 8
+    while data[at + 4 : at + 8] != b"IEND":
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+        if at + 12 > len(data):
+            raise ImageError("undecodable", "the PNG is damaged or cut off: send it whole")
+
+
+def _bmp_bits(data: bytes) -> int:
+    """Bits of a pixel, from the DIB header; the oldest kind (12 bytes) keeps them 4 bytes earlier."""
+    at = 24 if data[14] == 12 else 28
+    return int.from_bytes(data[at : at + 2], "little")
 
 
 def _check_size(height: int, width: int, max_pixels: int) -> None:
     if height < 1 or width < 1:
         raise ImageError("undecodable", f"an image of {width} x {height} px holds nothing")
     if height * width > max_pixels:
-        raise ImageError("too_large", f"{width} x {height} px is over the limit of {max_pixels} pixels: cut it, or raise the limit")
+        raise ImageError(
+            "too_large", f"{width} x {height} px is over the limit of {max_pixels} pixels: cut it, or raise the limit"
+        )
 
 
-def _decode_tiff(data: bytes, max_pixels: int) -> tuple[Pixels, tuple[tuple[str, str], ...]]:
+def _decode_tiff(
+    data: bytes, max_pixels: int, depths: tuple[type[np.generic], ...] = _DEPTHS
+) -> tuple[Any, tuple[tuple[str, str], ...]]:
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as tiff:
-            if len(tiff.pages) != 1:
-                raise ImageError("unsupported_mode", f"a TIFF of {len(tiff.pages)} pages is not restored: send them one by one")
-            page: Any = tiff.pages[0]
-            _check_size(page.imagelength, page.imagewidth, max_pixels)
-            photometric, compression = page.photometric.name.lower(), page.compression.name.lower()
-            if page.dtype not in (np.uint8, np.uint16) or photometric not in ("minisblack", "miniswhite", "rgb"):
+            if len(tiff.pages) == 0:
+                raise ImageError("undecodable", "the TIFF holds no page: it is damaged or cut off")
+            if len(tiff.pages) > 1:
                 raise ImageError(
-                    "unsupported_mode",
-                    f"a TIFF of {page.dtype} in mode '{photometric}' is not restored: save it as 8- or 16-bit grey or RGB",
+                    "unsupported_mode", f"a TIFF of {len(tiff.pages)} pages is not restored: send them one by one"
                 )
+            page: Any = tiff.pages[0]
+            _check_tiff_page(page, max_pixels, depths)
+            tags = ("compression", page.compression.name.lower()), ("photometric", page.photometric.name.lower())
             pixels: Any = page.asarray()
     except ImageError:
         raise
     except Exception as error:  # tifffile and its codecs raise whatever their C code meets
         raise ImageError("undecodable", f"the TIFF cannot be decoded ({type(error).__name__}: {error})") from error
-    if pixels.ndim == 3 and pixels.shape[0] == 3 and pixels.shape[2] != 3:
+    if page.samplesperpixel == 3 and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE:
         pixels = np.moveaxis(pixels, 0, 2)
-    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] != 3):
-        raise ImageError("unsupported_mode", f"a TIFF of shape {pixels.shape} is not restored: save it as grey or RGB")
-    return np.ascontiguousarray(pixels), (("compression", compression), ("photometric", photometric))
+    return np.ascontiguousarray(pixels), tags
+
+
+def _check_tiff_page(page: Any, max_pixels: int, depths: tuple[type[np.generic], ...]) -> None:
+    _check_size(page.imagelength, page.imagewidth, max_pixels)
+    # A tile may claim to be far larger than the image that it belongs to, and is decompressed whole.
+    _check_size(page.tilelength or 1, page.tilewidth or 1, max(max_pixels, 4096 * 4096))
+    mode, samples, bits = page.photometric.name.lower(), page.samplesperpixel, page.bitspersample
+    known = samples == 3 if mode == "rgb" else samples == 1 and mode in ("minisblack", "miniswhite")
+    if not known or page.imagedepth != 1 or page.dtype not in depths or bits not in (1, 8, 16):
+        raise ImageError(
+            "unsupported_mode",
+            f"a TIFF of {samples} x {bits} bits ({page.dtype}) in mode '{mode}' is not restored: "
+            "save it as 8- or 16-bit grey or RGB",
+        )
 
 
 def _encode_tiff(image: Image) -> bytes:

@@ -45,7 +45,7 @@ def make_manifest(folder: Path, kind: str, meta: Mapping[str, JsonValue] | None 
     files = {
         path.relative_to(folder).as_posix(): FileEntry(size=path.stat().st_size, sha256=sha256_of(path))
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path != folder / MANIFEST
     }
     created = datetime.now(UTC).isoformat(timespec="seconds")
     return Manifest(kind=kind, created=created, files=files, meta=dict(meta or {}))

@@ -7,8 +7,9 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import tempfile
+import shutil
 import threading
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,11 @@ from kintsugi.errors import (
     StoreError,
     StoreUnavailable,
 )
+
+_OWN = ".kintsugi-"  # names of the store's own files in a folder
+# S3 answers 400 to these (docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html).
+_CREDENTIAL_CODES = ("ExpiredToken", "InvalidToken", "TokenRefreshRequired", "AuthorizationHeaderMalformed")
+_TRANSIENT_CODES = ("RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded", "SlowDown")
 
 
 @dataclass(frozen=True)
@@ -90,9 +96,11 @@ class MemoryStore(ObjectStore):
             self._objects[key] = body
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        for key in sorted(self._objects):
-            if key.startswith(prefix):
-                yield ObjectInfo(key, len(self._objects[key]))
+        start = checked_prefix(prefix)
+        with self._lock:
+            found = {key: len(data) for key, data in self._objects.items() if key.startswith(start)}
+        for key in sorted(found):
+            yield ObjectInfo(key, found[key])
 
     def delete(self, key: str) -> None:
         self._objects.pop(checked_key(key), None)
@@ -109,10 +117,8 @@ class LocalStore(ObjectStore):
         self.uri = str(self.root)
 
     def get_with_etag(self, key: str) -> tuple[bytes, str]:
-        try:
+        with self._errors(key):
             data = self._path(key).read_bytes()
-        except (FileNotFoundError, IsADirectoryError):
-            raise ObjectNotFound(_missing(self.uri, key)) from None
         return data, sha256(data)
 
     def put(self, key: str, data: bytes | Path, *, if_none_match: bool = False, if_match: str | None = None) -> None:
@@ -128,24 +134,36 @@ class LocalStore(ObjectStore):
             raise StoreError(f"cannot write {path} ({error}): check the folder's permissions and free space") from error
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        base = self.root / prefix.rpartition("/")[0]
-        for path in sorted(p for p in base.rglob("*") if p.is_file()):
-            key = path.relative_to(self.root).as_posix()
-            if key.startswith(prefix) and not path.name.startswith(".kintsugi-"):
-                yield ObjectInfo(key, path.stat().st_size)
+        base = self.root / checked_prefix(prefix).rpartition("/")[0]
+        for key, path in sorted((path.relative_to(self.root).as_posix(), path) for path in base.rglob("*")):
+            if key.startswith(prefix) and not path.name.startswith(_OWN):
+                with contextlib.suppress(FileNotFoundError):  # deleted by someone else since
+                    if path.is_file():
+                        yield ObjectInfo(key, path.stat().st_size)
 
     def delete(self, key: str) -> None:
-        self._path(key).unlink(missing_ok=True)
+        with contextlib.suppress(ObjectNotFound), self._errors(key):
+            self._path(key).unlink()
 
     def download(self, key: str, path: Path) -> None:
-        path.write_bytes(self.get(key))
+        with self._errors(key):
+            shutil.copyfile(self._path(key), path)
 
     def _path(self, key: str) -> Path:
         return self.root / checked_key(key)
 
     @contextlib.contextmanager
+    def _errors(self, key: str) -> Generator[None]:
+        try:
+            yield
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            raise ObjectNotFound(_missing(self.uri, key)) from error
+        except OSError as error:
+            raise StoreError(f"cannot use {self.uri}/{key} ({error}): check the folder's permissions") from error
+
+    @contextlib.contextmanager
     def _locked(self) -> Generator[None]:
-        with (self.root / ".kintsugi-lock").open("w") as handle:
+        with (self.root / f"{_OWN}lock").open("w") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
 
@@ -178,18 +196,22 @@ class S3Store(ObjectStore):
             return answer["Body"].read(), answer["ETag"]
 
     def put(self, key: str, data: bytes | Path, *, if_none_match: bool = False, if_match: str | None = None) -> None:
-        condition = {"IfNoneMatch": "*"} if if_none_match else {"IfMatch": if_match} if if_match else {}
-        with self._errors(key):
-            if isinstance(data, Path) and not condition:
+        if isinstance(data, Path) and not if_none_match and if_match is None:
+            with self._errors(key):
                 self._client.upload_file(str(data), self.bucket, self._key(key))
-            else:
-                body = data if isinstance(data, bytes) else data.read_bytes()
+            return
+        condition = {"IfNoneMatch": "*"} if if_none_match else {} if if_match is None else {"IfMatch": if_match}
+        body = data if isinstance(data, bytes) else data.read_bytes()
+        try:
+            with self._errors(key):
                 self._client.put_object(Bucket=self.bucket, Key=self._key(key), Body=body, **condition)
+        except ObjectNotFound as error:  # S3 answers 404, not 412, where IfMatch names an object that is gone
+            raise PreconditionFailed(_changed(key)) from error
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self._prefix + prefix)
+        below = self._prefix + checked_prefix(prefix)
         with self._errors(prefix):
-            for page in pages:
+            for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=below):
                 for found in page.get("Contents", ()):
                     yield ObjectInfo(found["Key"][len(self._prefix) :], found["Size"])
 
@@ -212,19 +234,13 @@ class S3Store(ObjectStore):
 
     @contextlib.contextmanager
     def _errors(self, key: str) -> Generator[None]:
-        from boto3.exceptions import S3UploadFailedError
+        from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:
             yield
-        except ClientError as error:
-            raise _from_client_error(error, self.uri, key) from error
-        except S3UploadFailedError as error:
-            raise StoreUnavailable(f"uploading {self.uri}/{key} failed ({error}): try again") from error
-        except BotoCoreError as error:
-            raise StoreUnavailable(
-                f"{self.uri} did not answer ({error}): check AWS_ENDPOINT_URL and the credentials"
-            ) from error
+        except (Boto3Error, BotoCoreError, ClientError) as error:
+            raise _from_boto(error, self.uri, key) from error
 
 
 def open_store(uri: str) -> ObjectStore:
@@ -250,13 +266,15 @@ def store_uri_from_environment() -> str:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write beside `path` and rename, so that no reader sees half a file."""
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=".kintsugi-")
+    part = path.with_name(f"{_OWN}{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with part.open("xb") as stream:
             stream.write(data)
-        os.replace(part, path)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(path)
     except BaseException:
-        os.unlink(part)
+        part.unlink(missing_ok=True)
         raise
 
 
@@ -271,15 +289,45 @@ def checked_key(key: str) -> str:
     return key
 
 
+def checked_prefix(prefix: str) -> str:
+    """The start of a key: empty, or a key that may end in a slash."""
+    if prefix:
+        checked_key(prefix.removesuffix("/"))
+    return prefix
+
+
 def _missing(uri: str, key: str) -> str:
     return f"there is no {uri}/{key}"
+
+
+def _changed(key: str) -> str:
+    return f"{key} was changed by someone else: read it again"
 
 
 def _check_condition(current: bytes | None, key: str, if_none_match: bool, if_match: str | None) -> None:
     if if_none_match and current is not None:
         raise PreconditionFailed(f"{key} exists already")
-    if if_match and (current is None or sha256(current) != if_match):
-        raise PreconditionFailed(f"{key} was changed by someone else: read it again")
+    if if_match is not None and (current is None or sha256(current) != if_match):
+        raise PreconditionFailed(_changed(key))
+
+
+def _from_boto(error: Exception, uri: str, key: str) -> StoreError:
+    """Map whatever boto3 raises; an upload hides the store's answer in the exception's context."""
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import (
+        ClientError,
+        ConnectionError,
+        HTTPClientError,
+        IncompleteReadError,
+    )
+
+    if isinstance(error, Boto3Error) and isinstance(error.__context__, ClientError):
+        error = error.__context__
+    if isinstance(error, ClientError):
+        return _from_client_error(error, uri, key)
+    if isinstance(error, Boto3Error | ConnectionError | HTTPClientError | IncompleteReadError):
+        return StoreUnavailable(f"{uri} did not answer ({error}): check AWS_ENDPOINT_URL, then try again")
+    return StoreError(f"{uri} cannot be used ({error}): check KINTSUGI_STORE, the AWS variables and the credentials")
 
 
 def _from_client_error(error: Any, uri: str, key: str) -> StoreError:
@@ -291,8 +339,8 @@ def _from_client_error(error: Any, uri: str, key: str) -> StoreError:
         return StoreError(f"{uri}: there is no such bucket: create it, or correct KINTSUGI_STORE")
     if status in (409, 412):
         return PreconditionFailed(f"{uri}/{key} exists already, or was changed by someone else")
-    if status in (401, 403):
+    if status in (401, 403) or code in _CREDENTIAL_CODES:
         return StoreError(f"{uri} refused the credentials ({code}): check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
-    if status == 429 or status >= 500:
+    if status == 429 or status >= 500 or code in _TRANSIENT_CODES:
         return StoreUnavailable(f"{uri} failed ({code or status}): try again")
     return StoreError(f"{uri}/{key}: the store refused ({code or status}): {error}")

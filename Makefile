@@ -1,0 +1,68 @@
+# Everything runs from .venv, which `make install` makes from requirements.lock. A second run reuses it.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+ARGS ?=
+BIN := .venv/bin
+STAMP := .venv/.installed-$(shell cat requirements.lock pyproject.toml | sha256sum | cut -c1-16)
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
+PYTHON ?= $(shell for name in python3.11 python3.12 python3; do \
+	if $$name -c '$(SUPPORTED)' 2>/dev/null; then echo $$name; break; fi; done)
+
+.PHONY: help
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: install
+install: $(STAMP) ## Make .venv with every dependency, by hash
+
+.PHONY: demo
+demo: $(STAMP) ## Go the whole way on this machine; ARGS= for 'kintsugi demo'
+	@$(BIN)/kintsugi demo $(ARGS)
+
+.PHONY: test
+test: $(STAMP) ## Run the tests; ARGS= for pytest
+	$(BIN)/pytest $(ARGS)
+
+.PHONY: check
+check: $(STAMP) ## Lint, format, types, import arrows
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+
+.PHONY: format
+format: $(STAMP) ## Rewrite the code in its one style
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+.PHONY: lock
+lock: $(BIN)/uv ## Write requirements.lock anew from pyproject.toml; ARGS=--upgrade for newer versions
+	$(BIN)/uv pip compile pyproject.toml --extra dev --generate-hashes --python-version 3.11 \
+		--no-emit-index-url --no-header --quiet $(ARGS) -o requirements.lock
+
+.PHONY: down
+down: $(STAMP) ## Stop the local stack
+	@$(BIN)/kintsugi down
+
+.PHONY: clean
+clean: ## Remove caches and builds; .venv and the data in .kintsugi stay
+	rm -rf dist .pytest_cache .ruff_cache .import_linter_cache
+	find platform tune serve tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): $(BIN)/uv
+	$(BIN)/uv pip install --python $(BIN)/python --require-hashes -r requirements.lock
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	rm -f .venv/.installed-*
+	touch $@
+
+# uv, too, comes by its hash: pip reads only uv's own lines of the lock.
+$(BIN)/uv:
+	@test -n "$(PYTHON)" || { echo "error: kintsugi needs Python 3.11 or 3.12: sudo apt-get install python3.11 python3.11-venv" >&2; exit 1; }
+	@$(PYTHON) -c "import ensurepip" 2>/dev/null || { echo "error: $(PYTHON) cannot make a virtual environment: sudo apt-get install" \
+		"$$($(PYTHON) -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	awk '/^uv==/ {wanted = 1} wanted {print} wanted && !/\\$$/ {exit}' requirements.lock > .venv/uv.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r .venv/uv.lock

@@ -1,0 +1,155 @@
+"""The command line: a table of verbs whose code is loaded when one of them runs, and the exit codes.
+
+0 done, 1 a KintsugiError (one sentence on stderr), 2 usage, 130 interrupted.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
+
+from kintsugi import __version__
+from kintsugi.errors import KintsugiError
+
+Table = Mapping[str, tuple[str, str]]
+
+COMMANDS: Table = {
+    "up": ("kintsugi.commands:up", "Start the local stack: an S3 server, a Ray head with its dashboard, TensorBoard."),
+    "down": ("kintsugi.commands:down", "Stop exactly what 'kintsugi up' started."),
+    "status": ("kintsugi.commands:status", "Print every address of the local stack and what runs."),
+    "demo": (
+        "kintsugi.demo:demo",
+        "Go the whole way on this machine: data, training, search, endpoint, one restored image.",
+    ),
+    "data build": ("kintsugi.commands:data_build", "Build a dataset in the store from a folder of images."),
+    "data inspect": ("kintsugi.commands:data_inspect", "Say what a dataset holds."),
+    "train": ("kintsugi.commands:train", "Train on Ray, then evaluate and publish the model."),
+    "evaluate": ("kintsugi.commands:evaluate", "Score a model on a dataset."),
+    "tune": ("kintsugi_tune.commands:tune", "Search settings with Ray Tune, then publish the best model."),
+    "models list": ("kintsugi.commands:models_list", "List the published models, their versions and aliases."),
+    "models show": ("kintsugi.commands:models_show", "Show a version's config and scorecard."),
+    "models promote": ("kintsugi.commands:models_promote", "Point an alias at a version."),
+    "models rollback": ("kintsugi.commands:models_rollback", "Point an alias back at the version before."),
+    "restore": ("kintsugi.commands:restore", "Restore one image file."),
+    "serve": ("kintsugi_serve.commands:serve", "Serve a model over HTTP with Ray Serve."),
+}
+GROUPS = {"data": "Datasets: build and inspect.", "models": "The registry: list, show, promote, roll back."}
+_VERBOSE = "kintsugi.verbose"
+
+
+class LazyCommand(TyperCommand):
+    """A line of the help page; the function behind it is imported when the command runs."""
+
+    def __init__(self, name: str, target: str, help_line: str) -> None:
+        super().__init__(name, help=help_line)
+        self.target = target
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        command: Any = _single(resolve(self.target))
+        command.params += [option for option in parent.find_root().command.params if option.name == "verbose"]
+        return command.make_context(info_name, args, parent=parent, **extra)
+
+
+class RootGroup(TyperGroup):
+    """Turns a KintsugiError of any command into one sentence and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KintsugiError as error:
+            if ctx.meta.get(_VERBOSE):
+                traceback.print_exception(error)
+            print(f"error: {_sentence(error)}", file=sys.stderr)
+            raise typer.Exit(1) from error
+
+
+def main(args: Sequence[str] | None = None, commands: Table = COMMANDS) -> int:
+    """Run one command line and return its exit code."""
+    try:
+        build_app(commands).main(sys.argv[1:] if args is None else args, prog_name="kintsugi")
+    except SystemExit as done:
+        code = done.code if isinstance(done.code, int) else int(done.code is not None)
+    else:
+        code = 0
+    return _flushed(code)
+
+
+def build_app(commands: Table = COMMANDS) -> TyperGroup:
+    """The command tree of a table; importing none of its modules."""
+    root: Any = _single(_root, cls=RootGroup)
+    for path, (target, help_line) in commands.items():
+        group, _, name = path.rpartition(" ")
+        if group and group not in root.commands:
+            root.add_command(TyperGroup(name=group, help=GROUPS.get(group), no_args_is_help=True))
+        (root.commands[group] if group else root).add_command(LazyCommand(name, target, help_line))
+    return root
+
+
+def resolve(target: str) -> Any:
+    """The function that `package.module:function` names."""
+    module, _, function = target.partition(":")
+    return getattr(import_module(module), function)
+
+
+def _single(function: Any, cls: type[TyperGroup] | None = None) -> Any:
+    app = typer.Typer(add_completion=False)
+    if cls is None:
+        app.command()(function)
+    else:
+        settings = {"help_option_names": ["-h", "--help"]}
+        app.callback(cls=cls, no_args_is_help=True, context_settings=settings)(function)
+    return get_command(app)
+
+
+def _remember_verbose(ctx: typer.Context, value: bool) -> None:
+    if value:
+        ctx.meta[_VERBOSE] = True
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"kintsugi {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "-v", "--verbose", expose_value=False, callback=_remember_verbose, help="Show the traceback of an error."
+        ),
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", expose_value=False, is_eager=True, callback=_print_version, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Restore degraded inspection images without losing or inventing a defect: train, search and serve on Ray."""
+
+
+def _sentence(error: KintsugiError) -> str:
+    """Ray raises a double of the error whose text is a remote traceback, and keeps the error itself as `cause`."""
+    cause = getattr(error, "cause", None)
+    return str(cause if isinstance(cause, KintsugiError) else error)
+
+
+def _flushed(code: int) -> int:
+    """The reader of a pipe may be gone; the interpreter must not find that out again while it exits."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

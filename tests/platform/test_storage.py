@@ -1,0 +1,381 @@
+import inspect
+import io
+import pickle
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import boto3
+import botocore.exceptions
+import pytest
+from boto3.exceptions import Boto3Error, RetriesExceededError, S3UploadFailedError
+from botocore.exceptions import BotoCoreError, ClientError
+from botocore.response import StreamingBody
+from botocore.stub import ANY, Stubber
+
+from kintsugi.errors import ConfigError, ObjectNotFound, PreconditionFailed, StoreError, StoreUnavailable
+from kintsugi.storage import (
+    LocalStore,
+    MemoryStore,
+    ObjectInfo,
+    ObjectStore,
+    S3Store,
+    open_store,
+    store_uri_from_environment,
+    write_atomically,
+)
+
+ESCAPES = ["", "/", "/etc/passwd", "..", "../out", "a/../../out", "a//b", "a/./b", "a/", "a\0b"]
+
+
+@pytest.fixture(params=["memory", "local"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
+    return MemoryStore() if request.param == "memory" else LocalStore(tmp_path / "store")
+
+
+def test_what_was_put_is_read_back(store: ObjectStore) -> None:
+    store.put("a/b.bin", b"\x00one")
+    assert store.get("a/b.bin") == b"\x00one"
+    assert store.exists("a/b.bin")
+    assert not store.exists("a/b")
+
+
+def test_a_file_is_put_by_its_path(store: ObjectStore, tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(b"content")
+    store.put("copy", tmp_path / "source")
+    assert store.get("copy") == b"content"
+
+
+def test_download_writes_the_object_to_a_file(store: ObjectStore, tmp_path: Path) -> None:
+    store.put("a/b", b"content")
+    store.download("a/b", tmp_path / "here")
+    assert (tmp_path / "here").read_bytes() == b"content"
+
+
+@pytest.mark.parametrize("key", ["missing", "folder", "file/below"])
+def test_a_key_without_an_object_is_not_found(store: ObjectStore, tmp_path: Path, key: str) -> None:
+    store.put("folder/object", b"")
+    store.put("file", b"")
+    with pytest.raises(ObjectNotFound, match=key):
+        store.get(key)
+    with pytest.raises(ObjectNotFound, match=key):
+        store.download(key, tmp_path / "here")
+    assert not store.exists(key)
+
+
+def test_create_only_refuses_a_key_that_exists_and_keeps_its_object(store: ObjectStore) -> None:
+    store.put("k", b"first", if_none_match=True)
+    with pytest.raises(PreconditionFailed):
+        store.put("k", b"second", if_none_match=True)
+    assert store.get("k") == b"first"
+
+
+def test_exactly_one_of_eight_creators_wins(store: ObjectStore) -> None:
+    together = threading.Barrier(8)
+
+    def create(number: int) -> bytes | None:
+        together.wait()
+        try:
+            store.put("new/key", b"%d" % number, if_none_match=True)
+        except PreconditionFailed:
+            return None
+        return b"%d" % number
+
+    with ThreadPoolExecutor(8) as pool:
+        winners = [body for body in pool.map(create, range(8)) if body is not None]
+    assert winners == [store.get("new/key")]
+
+
+def test_exactly_one_of_eight_updaters_with_the_same_etag_wins(store: ObjectStore) -> None:
+    store.put("k", b"start")
+    _, etag = store.get_with_etag("k")
+    together = threading.Barrier(8)
+
+    def update(number: int) -> bool:
+        together.wait()
+        try:
+            store.put("k", b"%d" % number, if_match=etag)
+        except PreconditionFailed:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(update, range(8))) == 1
+
+
+def test_an_update_needs_the_etag_of_what_is_there(store: ObjectStore) -> None:
+    store.put("k", b"one")
+    _, stale = store.get_with_etag("k")
+    store.put("k", b"two", if_match=stale)
+    for etag in (stale, ""):
+        with pytest.raises(PreconditionFailed):
+            store.put("k", b"three", if_match=etag)
+    assert store.get("k") == b"two"
+
+
+def test_an_update_of_a_deleted_object_is_refused(store: ObjectStore) -> None:
+    store.put("k", b"one")
+    _, etag = store.get_with_etag("k")
+    store.delete("k")
+    with pytest.raises(PreconditionFailed):
+        store.put("k", b"two", if_match=etag)
+
+
+def test_delete_of_what_is_not_there_is_no_fault(store: ObjectStore) -> None:
+    store.delete("never/was")
+
+
+def test_a_listing_is_sorted_by_key_and_knows_the_sizes(store: ObjectStore) -> None:
+    for key in ("a/c", "a-b", "a/b/deep", "b"):
+        store.put(key, key.encode())
+    assert list(store.list()) == [ObjectInfo(key, len(key)) for key in ("a-b", "a/b/deep", "a/c", "b")]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "keys"),
+    [
+        ("", ["models/unet/1", "models/unet2/1", "runs/1"]),
+        ("models/", ["models/unet/1", "models/unet2/1"]),
+        ("models/unet", ["models/unet/1", "models/unet2/1"]),
+        ("models/unet/", ["models/unet/1"]),
+        ("nothing/", []),
+        ("runs/1/below/", []),
+    ],
+)
+def test_a_prefix_is_the_start_of_the_key(store: ObjectStore, prefix: str, keys: list[str]) -> None:
+    for key in ("models/unet/1", "models/unet2/1", "runs/1"):
+        store.put(key, b"")
+    assert [info.key for info in store.list(prefix)] == keys
+
+
+@pytest.mark.parametrize("key", ESCAPES)
+def test_no_key_escapes_the_root(store: ObjectStore, tmp_path: Path, key: str) -> None:
+    (tmp_path / "out").write_bytes(b"not yours")
+    attempts: list[Callable[[], object]] = [
+        lambda: store.get(key),
+        lambda: store.put(key, b"mine"),
+        lambda: store.delete(key),
+        lambda: store.download(key, tmp_path / "here"),
+    ]
+    for attempt in attempts:
+        with pytest.raises(StoreError, match="is not a key"):
+            attempt()
+    assert (tmp_path / "out").read_bytes() == b"not yours"
+
+
+@pytest.mark.parametrize("prefix", ["../", "a/../..", "/", "/etc/"])
+def test_no_listing_escapes_the_root(store: ObjectStore, tmp_path: Path, prefix: str) -> None:
+    (tmp_path / "out").write_bytes(b"not yours")
+    with pytest.raises(StoreError, match="is not a key"):
+        list(store.list(prefix))
+
+
+def test_a_local_write_leaves_no_part_file(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    store.put("a/b", b"content")
+    store.put("a/b", b"again")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+    assert [info.key for info in store.list()] == ["a/b"]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_part(tmp_path: Path) -> None:
+    target = tmp_path / "taken"
+    (target / "inside").mkdir(parents=True)
+    with pytest.raises(OSError, match="taken"):
+        write_atomically(target, b"content")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_folder_that_cannot_be_written_is_a_store_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StoreError, match="check the folder's permissions"):
+        LocalStore(tmp_path / "file").put("key", b"")
+
+
+def test_written_files_are_readable_by_whom_the_umask_allows(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_bytes(b"")
+    write_atomically(tmp_path / "atomic", b"")
+    assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize(
+    ("uri", "kind", "shown"),
+    [
+        ("s3://bucket", S3Store, "s3://bucket"),
+        ("s3://bucket/a/b/", S3Store, "s3://bucket/a/b"),
+        ("folder", LocalStore, None),
+    ],
+)
+def test_the_uri_chooses_the_store(uri: str, kind: type[ObjectStore], shown: str | None) -> None:
+    opened = open_store(uri)
+    assert isinstance(opened, kind)
+    assert opened.uri == (shown or str(Path("folder").resolve()))
+
+
+@pytest.mark.parametrize("uri", ["gs://bucket", "http://host/x", "s3://", "s3:///key", "s3://bucket?x=1"])
+def test_a_uri_of_another_kind_is_refused(uri: str) -> None:
+    with pytest.raises(ConfigError, match="s3://bucket/prefix"):
+        open_store(uri)
+
+
+def test_the_environment_names_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="kintsugi up"):
+        store_uri_from_environment()
+    monkeypatch.setenv("KINTSUGI_STORE", "s3://bucket/x")
+    assert store_uri_from_environment() == "s3://bucket/x"
+
+
+def _s3() -> tuple[S3Store, Stubber]:
+    store = S3Store("s3://bucket/root")
+    store.__dict__["_client"] = client = boto3.client(
+        "s3", region_name="us-east-1", aws_access_key_id="key", aws_secret_access_key="secret"
+    )
+    return store, Stubber(client)
+
+
+def test_s3_keys_lie_below_the_prefix_and_conditions_travel_as_headers() -> None:
+    store, stub = _s3()
+    with stub:
+        sent = {"Bucket": "bucket", "Key": "root/a/b", "Body": b"x"}
+        stub.add_response("put_object", {}, {**sent, "IfNoneMatch": "*"})
+        stub.add_response("put_object", {}, {**sent, "IfMatch": '"tag"'})
+        stub.add_response("put_object", {}, sent)
+        store.put("a/b", b"x", if_none_match=True)
+        store.put("a/b", b"x", if_match='"tag"')
+        store.put("a/b", b"x")
+        stub.assert_no_pending_responses()
+
+
+def test_s3_reads_bytes_and_etag() -> None:
+    store, stub = _s3()
+    with stub:
+        body = StreamingBody(io.BytesIO(b"content"), 7)
+        stub.add_response("get_object", {"Body": body, "ETag": '"tag"'}, {"Bucket": "bucket", "Key": "root/k"})
+        assert store.get_with_etag("k") == (b"content", '"tag"')
+
+
+def test_s3_lists_keys_without_the_prefix() -> None:
+    store, stub = _s3()
+    with stub:
+        found = {"Contents": [{"Key": "root/a/1", "Size": 3}, {"Key": "root/a/2", "Size": 4}], "IsTruncated": False}
+        stub.add_response("list_objects_v2", found, {"Bucket": "bucket", "Prefix": "root/a/"})
+        assert list(store.list("a/")) == [ObjectInfo("a/1", 3), ObjectInfo("a/2", 4)]
+
+
+def test_an_s3_store_is_opened_anew_in_another_process() -> None:
+    store, _ = _s3()
+    assert pickle.loads(pickle.dumps(store)).uri == "s3://bucket/root"
+
+
+@pytest.mark.parametrize("key", ESCAPES)
+def test_s3_refuses_the_same_keys(key: str) -> None:
+    store, _ = _s3()
+    with pytest.raises(StoreError, match="is not a key"):
+        store.put(key, b"")
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "expected"),
+    [
+        ("NoSuchKey", 404, ObjectNotFound),
+        ("404", 404, ObjectNotFound),
+        ("NoSuchBucket", 404, StoreError),
+        ("PreconditionFailed", 412, PreconditionFailed),
+        ("ConditionalRequestConflict", 409, PreconditionFailed),
+        ("AccessDenied", 403, StoreError),
+        ("InvalidAccessKeyId", 403, StoreError),
+        ("SignatureDoesNotMatch", 403, StoreError),
+        ("ExpiredToken", 400, StoreError),
+        ("RequestTimeout", 400, StoreUnavailable),
+        ("SlowDown", 503, StoreUnavailable),
+        ("InternalError", 500, StoreUnavailable),
+        ("TooManyRequests", 429, StoreUnavailable),
+        ("EntityTooLarge", 400, StoreError),
+        ("Odd", 418, StoreError),
+    ],
+)
+def test_every_answer_of_s3_becomes_one_of_our_errors(code: str, status: int, expected: type[StoreError]) -> None:
+    store, stub = _s3()
+    with stub:
+        stub.add_client_error("get_object", code, "said no", status)
+        with pytest.raises(StoreError) as caught:
+            store.get("k")
+    assert type(caught.value) is expected
+    assert "s3://bucket/root" in str(caught.value)
+
+
+def test_an_update_of_an_object_that_s3_lost_is_a_failed_precondition() -> None:
+    store, stub = _s3()
+    with stub:
+        stub.add_client_error("put_object", "NoSuchKey", http_status_code=404, expected_params=ANY_PUT)
+        with pytest.raises(PreconditionFailed):
+            store.put("k", b"x", if_match='"tag"')
+
+
+ANY_PUT = {"Bucket": ANY, "Key": ANY, "Body": ANY, "IfMatch": ANY}
+
+
+def _foreign_errors() -> list[type[Exception]]:
+    """Every exception class that botocore and boto3 raise."""
+    classes = [kind for _, kind in inspect.getmembers(botocore.exceptions, inspect.isclass)]
+    return [k for k in classes if issubclass(k, BotoCoreError | ClientError)] + [
+        Boto3Error,
+        RetriesExceededError,
+        S3UploadFailedError,
+    ]
+
+
+def _made(kind: type[Exception]) -> Exception:
+    if issubclass(kind, ClientError):
+        return kind({"Error": {"Code": "Odd"}}, "GetObject")
+    error = kind.__new__(kind)
+    Exception.__init__(error, kind.__name__)
+    return error
+
+
+@pytest.mark.parametrize("kind", _foreign_errors(), ids=lambda kind: kind.__name__)
+def test_no_exception_of_boto_gets_past_the_store(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Client:
+        def get_object(self, **_: Any) -> None:
+            raise _made(kind)
+
+    store = S3Store("s3://bucket")
+    store.__dict__["_client"] = Client()
+    with pytest.raises(StoreError):
+        store.get("k")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (botocore.exceptions.EndpointConnectionError(endpoint_url="somewhere"), StoreUnavailable),
+        (botocore.exceptions.ReadTimeoutError(endpoint_url="somewhere"), StoreUnavailable),
+        (botocore.exceptions.IncompleteReadError(actual_bytes=1, expected_bytes=2), StoreUnavailable),
+        (RetriesExceededError(OSError("again")), StoreUnavailable),
+        (botocore.exceptions.NoCredentialsError(), StoreError),
+        (botocore.exceptions.ParamValidationError(report="bad bucket"), StoreError),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else value.__name__,
+)
+def test_only_faults_that_may_pass_say_try_again(error: Exception, expected: type[StoreError]) -> None:
+    class Client:
+        def download_file(self, *_: Any) -> None:
+            raise error
+
+    store = S3Store("s3://bucket")
+    store.__dict__["_client"] = Client()
+    with pytest.raises(StoreError) as caught:
+        store.download("k", Path("unused"))
+    assert type(caught.value) is expected
+
+
+def test_a_refused_upload_of_a_file_is_told_by_its_cause(tmp_path: Path) -> None:
+    store, stub = _s3()
+    (tmp_path / "file").write_bytes(b"content")
+    with stub:
+        stub.add_client_error("put_object", "AccessDenied", http_status_code=403)
+        with pytest.raises(StoreError, match="refused the credentials") as caught:
+            store.put("k", tmp_path / "file")
+    assert not isinstance(caught.value, StoreUnavailable)
