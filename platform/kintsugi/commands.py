@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from kintsugi.registry import ModelVersion, Registry
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for machines.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key; repeatable.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key; repeatable.")
+]
 Model = Annotated[str, typer.Argument(metavar="NAME[@ALIAS|@NUMBER]", help="A published model.")]
 
 
@@ -75,11 +77,12 @@ def data_build(
     if as_json:
         print_json(report.model_dump(mode="json"))
         return
-    for bad in report.bad:
-        note(f"set aside: {bad.name}: {bad.reason}")
+    for pair in report.bad:
+        note(f"set aside: {pair.name}: {pair.reason}")
     counts = ", ".join(f"{count} {split}" for split, count in report.counts.splits.items())
     verb = "was there already" if report.reused else "built"
-    say(f"dataset {report.ref} {verb}: {report.samples} images of {report.parts} parts ({counts}), {len(report.bad)} bad")
+    bad = f"{len(report.bad)} set aside"
+    say(f"dataset {report.ref} {verb}: {report.samples} images of {report.parts} parts ({counts}), {bad}")
 
 
 def data_inspect(
@@ -99,8 +102,10 @@ def data_inspect(
     groups = {"split": summary.counts.splits, "category": summary.counts.categories, "defect": summary.counts.defects}
     rows = [(kind, name, count) for kind, counts in groups.items() for name, count in counts.items()]
     print_table(("", "", "images"), rows)
-    say(f"dataset {summary.ref}: {summary.samples} images of {summary.parts} parts, {summary.bad} set aside, "
-        f"{summary.bytes / 1e6:.1f} MB, built from layout {summary.layout} at {summary.created}")
+    say(
+        f"dataset {summary.ref}: {summary.samples} images of {summary.parts} parts, {summary.bad} set aside, "
+        f"{summary.bytes / 1e6:.1f} MB, built from layout {summary.layout} at {summary.created}"
+    )
     say(f"contact sheet: {sheet}")
 
 
@@ -119,7 +124,9 @@ def train(
     check_perceptual(settings)
     run = run or f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     connect()
-    note(f"run {run}: {settings.train.workers} workers, {settings.train.epochs} epochs, dataset {settings.data.dataset}")
+    note(
+        f"run {run}: {settings.train.workers} workers, {settings.train.epochs} epochs, dataset {settings.data.dataset}"
+    )
     launch_training(settings, store.uri, run)
     version, card = publish_best(store, name, run)
     _tell_published(version, card, run, as_json)
@@ -207,14 +214,17 @@ def models_show(model: Model, as_json: Json = False) -> None:
     say((folder / "config.yaml").read_text())
 
 
-def models_promote(model: Model, alias: Annotated[str, typer.Option(help="Which alias to move.")] = "production") -> None:
+def models_promote(
+    model: Model, alias: Annotated[str, typer.Option(help="Which alias to move.")] = "production"
+) -> None:
     """Point an alias at a version."""
     version = _registry(open_root_store()).promote(model, alias)
     say(f"{version.name}@{alias} is now version {version.number} ({version.digest[:12]})")
 
 
 def models_rollback(
-    name: Annotated[str, typer.Argument()], alias: Annotated[str, typer.Option(help="Which alias to move.")] = "production"
+    name: Annotated[str, typer.Argument()],
+    alias: Annotated[str, typer.Option(help="Which alias to move.")] = "production",
 ) -> None:
     """Take back the last promotion."""
     version = _registry(open_root_store()).rollback(name, alias)
@@ -252,7 +262,7 @@ def pin_dataset(store: ObjectStore, config: ExperimentConfig) -> ExperimentConfi
     from kintsugi.data.dataset import resolve_dataset
 
     name = config.data.dataset.partition("@")[0]
-    prefix, manifest = resolve_dataset(store, config.data.dataset)
+    _, manifest = resolve_dataset(store, config.data.dataset)
     return with_values(config, {"data.dataset": f"{name}@{manifest.digest}"})
 
 

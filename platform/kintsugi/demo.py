@@ -88,7 +88,14 @@ def _walk(home: Path, output: Path) -> Outcome:
     step("Look at it", "data", "inspect", NAME, "--picture", str(output / "demo-dataset.png"), "--json")
     trained = step("Train on two workers (DDP)", "train", str(CONFIG), "--name", NAME, "--json")
     tuned = step(
-        "Search loss weights, dropout and attention", "tune", str(SPACE), "--config", str(CONFIG), "--name", NAME, "--json"
+        "Search loss weights, dropout and attention",
+        "tune",
+        str(SPACE),
+        "--config",
+        str(CONFIG),
+        "--name",
+        NAME,
+        "--json",
     )
     models = sorted([trained, tuned], key=lambda model: -model["score"])
     step("The best by validation score goes into production", "models", "promote", models[0]["model"])
@@ -218,13 +225,17 @@ def _show(outcome: Outcome, output: Path, seconds: float, keep: bool) -> None:
     ):
         digits = 2 if unit else 3
         before, after = outcome.mean(figure, "degraded"), outcome.mean(figure, "restored")
-        table.add_row(title, f"{before:.{digits}f}{unit}", f"{after:.{digits}f}{unit}", f"{after - before:+.{digits}f}{unit}")
+        table.add_row(
+            title, f"{before:.{digits}f}{unit}", f"{after:.{digits}f}{unit}", f"{after - before:+.{digits}f}{unit}"
+        )
     _console.print(table)
     for row in outcome.addresses:
         _console.print(f"{row['name']:12} {row['address']}", markup=False)
     report = write_report(outcome, output / "demo-report.html", output / "demo-before-after.png", seconds)
     _console.print(f"report       {report}\npicture      {output / 'demo-before-after.png'}", markup=False)
-    left = "everything still runs: 'kintsugi down' stops it" if keep else "all of it was stopped: --keep leaves it running"
+    left = (
+        "everything still runs: 'kintsugi down' stops it" if keep else "all of it was stopped: --keep leaves it running"
+    )
     _console.print(f"{seconds / 60:.1f} minutes; {left}", markup=False)
 
 
@@ -232,6 +243,6 @@ def _check(outcome: Outcome) -> None:
     for figure, needed in NEEDED_GAIN.items():
         if outcome.gain(figure) < needed:
             raise TrainingError(
-                f"the restored images gain {outcome.gain(figure):.2f} dB {figure}, less than the {needed} dB they should: "
+                f"the restored images gain {outcome.gain(figure):.2f} dB {figure}, less than {needed} dB: "
                 "look at the report, and at the curves with --keep"
             )

@@ -149,7 +149,8 @@ def structure(degraded: Array, output: Array) -> Structure:
 
 
 def _band(image: Array) -> Array:
-    return ndimage.gaussian_filter(image, _FINE) - ndimage.gaussian_filter(image, _COARSE)
+    fine, coarse = (ndimage.gaussian_filter(image, sigma) for sigma in (_FINE, _COARSE))
+    return (fine - coarse).astype(np.float32, copy=False)
 
 
 def _band_gain() -> float:
@@ -166,11 +167,11 @@ def _noise_sigma(image: Array) -> float:
 
 
 def _grey(image: Array) -> Array:
-    return image if image.ndim == 2 else image.mean(axis=2)
+    return image if image.ndim == 2 else image.mean(axis=2, dtype=np.float32)
 
 
 def _zeroed(image: Array, mask: Mask) -> Array:
-    return image * (mask if image.ndim == 2 else mask[..., None])
+    return np.where(mask if image.ndim == 2 else mask[..., None], image, np.float32(0))
 
 
 def _nchw(image: Array) -> torch.Tensor:

@@ -96,9 +96,7 @@ class Restorer:
             raise answer
         return answer
 
-    def restore_batch(
-        self, images: Sequence[Image], masks: Sequence[Mask | None]
-    ) -> list[Restoration | KintsugiError]:
+    def restore_batch(self, images: Sequence[Image], masks: Sequence[Mask | None]) -> list[Restoration | KintsugiError]:
         """Restore several images; what is wrong with one is its answer and does not touch the others."""
         answers: dict[int, Restoration | KintsugiError] = {}
         groups: dict[tuple[object, ...], list[int]] = {}
@@ -123,10 +121,12 @@ class Restorer:
             height, width = image.size
             return ImageError(
                 "mismatch",
-                f"the mask is {mask.shape[1]} x {mask.shape[0]} px and the image {width} x {height}: give them one size",
+                f"the mask is {mask.shape[1]} x {mask.shape[0]} px, the image {width} x {height}: give them one size",
             )
         if mask is None and self._config.mask == "given":
-            return ImageError("mask_required", "this model was trained with the defect mask as input: give the mask too")
+            return ImageError(
+                "mask_required", "this model was trained with the defect mask as input: give the mask too"
+            )
         return None
 
     @torch.inference_mode()

@@ -24,7 +24,8 @@ def run_tiled(run: Callable[[Tile], Tensor], like: Tensor, size: int, overlap: i
     """
     total = torch.zeros_like(like)
     weights = like.new_zeros(1, 1, *like.shape[-2:])
-    for rows, columns in tiles(*like.shape[-2:], size, overlap):
+    height, width = like.shape[-2:]
+    for rows, columns in tiles(height, width, size, overlap):
         weight = _window(rows, columns, overlap, like)
         total[..., rows, columns] += run((rows, columns)) * weight
         weights[..., rows, columns] += weight

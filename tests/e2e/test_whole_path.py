@@ -18,9 +18,9 @@ import httpx2 as httpx
 import numpy as np
 import pytest
 import yaml
+from kintsugi.data.synthetic import write_synthetic
 
 from kintsugi import imaging
-from kintsugi.data.synthetic import write_synthetic
 from kintsugi.storage import S3Store
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -183,9 +183,7 @@ def test_an_image_comes_back_over_http_in_its_own_format_size_and_depth(
     assert 0 <= float(answer.headers["X-Kintsugi-Defect-Retention"]) <= 1
 
 
-def test_the_endpoint_and_the_command_line_give_the_same_bytes(
-    machine: Machine, endpoint: str, tmp_path: Path
-) -> None:
+def test_the_endpoint_and_the_command_line_give_the_same_bytes(machine: Machine, endpoint: str, tmp_path: Path) -> None:
     pixels = (np.random.default_rng(1).random((64, 90)) * 255).astype(np.uint8)
     source, target = tmp_path / "in.png", tmp_path / "out.png"
     source.write_bytes(imaging.encode(imaging.Image(pixels)))

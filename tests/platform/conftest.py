@@ -1,7 +1,5 @@
 """A small dataset and a small experiment for the tests of this room."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 

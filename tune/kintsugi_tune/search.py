@@ -98,7 +98,9 @@ class _Progress(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         last = trial.last_result
-        self._tell(trial, f"ended after epoch {last.get('epoch', 0)} with score {last.get(METRIC, float('nan')):+.2f} dB")
+        self._tell(
+            trial, f"ended after epoch {last.get('epoch', 0)} with score {last.get(METRIC, float('nan')):+.2f} dB"
+        )
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._tell(trial, "failed: its error is in the Ray dashboard and in the table at the end")

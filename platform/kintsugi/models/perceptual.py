@@ -1,12 +1,15 @@
 """Perceptual distance on VGG features (Johnson et al., ECCV 2016)."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 from urllib.error import URLError
 
 import torch
 import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torchvision.models import VGG
 
 from kintsugi.config import PerceptualConfig
 from kintsugi.errors import ConfigError
@@ -20,6 +23,9 @@ class PerceptualDistance(nn.Module):
     With `weights: random` the features are those of a seeded untrained network: a mild structural loss
     (Liu et al., CVPR 2021, arXiv 2103.10571), not a measure of perceived quality.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, config: PerceptualConfig) -> None:
         super().__init__()
@@ -54,10 +60,10 @@ class PerceptualDistance(nn.Module):
 
 
 def _load_features(config: PerceptualConfig) -> nn.Sequential:
-    build = getattr(torchvision.models, config.network)
+    build: Callable[..., VGG] = getattr(torchvision.models, config.network)
     if config.weights == "imagenet":
         try:
-            return build(weights="IMAGENET1K_V1").features
+            return cast(nn.Sequential, build(weights="IMAGENET1K_V1").features)
         except (URLError, OSError, RuntimeError) as error:
             raise ConfigError(
                 f"the ImageNet weights of {config.network} cannot be had ({error}): set loss.perceptual.weights to the "
@@ -65,10 +71,10 @@ def _load_features(config: PerceptualConfig) -> nn.Sequential:
             ) from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        network: nn.Module = build(weights=None)
+        network = build(weights=None)
     if config.weights != "random":
         network.load_state_dict(_read_state(Path(config.weights)))
-    return network.features
+    return cast(nn.Sequential, network.features)
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
@@ -78,5 +84,5 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"loss.perceptual.weights: {path} cannot be read ({error}): give imagenet, random or the path of a state dict"
+            f"loss.perceptual.weights: {path} cannot be read ({error}): give imagenet, random or a path"
         ) from error

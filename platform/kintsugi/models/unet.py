@@ -1,5 +1,7 @@
 """RestorationUNet: the published recipe's network, with its switches made to work."""
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,18 +35,17 @@ class RestorationUNet(nn.Module):
         )
         self.decoder = nn.ModuleList(
             ConvBlock(
-                widths[level] * (2 if config.skips[level] else 1), widths[level], config.reduction[level], config.dropout
+                widths[level] * (2 if config.skips[level] else 1),
+                widths[level],
+                config.reduction[level],
+                config.dropout,
             )
             for level in reversed(range(config.levels))
         )
-        self.background_head = nn.Conv2d(widths[0], config.channels, 1)
+        self.background_head = _head(widths[0], config)
         if config.mask != "none":
             self.mask_attention = MaskAttention()
-            self.defect_head = nn.Conv2d(widths[0], config.channels, 1)
-        if config.residual:
-            for head in (m for name, m in self.named_children() if name.endswith("_head")):
-                nn.init.zeros_(head.weight)
-                nn.init.zeros_(head.bias)
+            self.defect_head = _head(widths[0], config)
 
     def forward(self, image: Tensor, mask: Tensor | None = None, mask_known: Tensor | None = None) -> Tensor:
         """Restore a batch.
@@ -99,6 +100,15 @@ class RestorationUNet(nn.Module):
         # Reflection needs the side to be longer than the padding.
         mode = "reflect" if bottom < batch.shape[-2] and right < batch.shape[-1] else "replicate"
         return F.pad(batch, (0, right, 0, bottom), mode=mode)
+
+
+def _head(width: int, config: ModelConfig) -> nn.Conv2d:
+    """The last layer; a residual model's starts at zero, so that it begins as the identity."""
+    head = nn.Conv2d(width, config.channels, 1)
+    if config.residual:
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(cast(Tensor, head.bias))
+    return head
 
 
 def build_model(config: ModelConfig) -> RestorationUNet:

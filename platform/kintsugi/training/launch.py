@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 import torch
+from ray import train as ray_train
 from ray.train import Checkpoint as RayCheckpoint
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device, prepare_model
@@ -63,7 +64,12 @@ def launch_training(
     Raises:
         TrainingError: the workers failed more often than `train.max_failures` allows.
     """
-    payload = {"config": config.model_dump(mode="json"), "store": store_uri, "run": run, "settings": dict(settings or {})}
+    payload = {
+        "config": config.model_dump(mode="json"),
+        "store": store_uri,
+        "run": run,
+        "settings": dict(settings or {}),
+    }
     parent, _, name = f"runs/{run}".rpartition("/")
     trainer = TorchTrainer(
         _worker_loop,
@@ -98,10 +104,10 @@ def _worker_loop(payload: dict[str, Any]) -> None:
     torch.set_num_threads(config.train.threads)
     train = open_split(store, config.data.dataset, "train")
     val = open_split(store, config.data.dataset, "val")
-    context, device = ray.train.get_context(), get_device()
+    context, device = ray_train.get_context(), get_device()
     worker = Worker(context.get_world_rank(), context.get_world_size(), device)
     state = build_state(config, train.digest, device)
-    earlier = ray.train.get_checkpoint()
+    earlier = ray_train.get_checkpoint()
     if earlier is not None:
         with earlier.as_directory() as folder:
             state.load(Path(folder))
@@ -114,22 +120,20 @@ def _worker_loop(payload: dict[str, Any]) -> None:
 class _Reporter:
     """Hand metrics and checkpoint of an epoch to Ray, to TensorBoard and to the person who watches."""
 
-    def __init__(
-        self, config: ExperimentConfig, curves: Curves, about: dict[str, Any], rank: int, run: str
-    ) -> None:
+    def __init__(self, config: ExperimentConfig, curves: Curves, about: dict[str, Any], rank: int, run: str) -> None:
         self._config, self._curves, self._about, self._rank = config, curves, about, rank
         self._label = run.rpartition("/")[2]
         self._started = time.monotonic()
 
     def __call__(self, metrics: Mapping[str, float], state: TrainState) -> None:
         if self._rank > 0:
-            ray.train.report(dict(metrics), checkpoint=None)
+            ray_train.report(dict(metrics), checkpoint=None)
             return
         seconds, self._started = time.monotonic() - self._started, time.monotonic()
         self._curves.log(metrics, state.epoch)
         with tempfile.TemporaryDirectory(prefix="kintsugi-checkpoint-") as folder:
             state.save(Path(folder), self._config, metrics, self._about)
-            ray.train.report(dict(metrics), checkpoint=RayCheckpoint.from_directory(folder))
+            ray_train.report(dict(metrics), checkpoint=RayCheckpoint.from_directory(folder))
         # Not print(): Ray Train replaces it in its workers and shows every line twice.
         sys.stderr.write(f"{self._label} {progress_line(metrics, self._config.train.epochs, seconds)}\n")
 

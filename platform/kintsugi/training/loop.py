@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
@@ -27,7 +27,7 @@ class Worker:
 
     rank: int = 0
     world: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 def fit(
@@ -50,7 +50,7 @@ def fit(
     """
     worker = worker or Worker()
     while state.epoch < config.train.epochs and state.stale < config.train.patience:
-        learning_rate = state.scheduler.get_last_lr()[0]
+        learning_rate = float(state.scheduler.get_last_lr()[0])
         terms = _train_epoch(state, config, train, loss, model or state.model, worker)
         found = _validate(state, config, val, worker)
         state.note(found["score"])

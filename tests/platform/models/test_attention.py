@@ -7,7 +7,7 @@ def test_channel_attention_scales_whole_channels_between_zero_and_one() -> None:
     features = torch.rand(2, 8, 6, 7) + 0.1
     ratio = ChannelAttention(8, 4)(features) / features
     assert torch.allclose(ratio, ratio.mean((2, 3), keepdim=True).expand_as(ratio), atol=1e-6)
-    assert 0 < ratio.min() and ratio.max() < 1
+    assert ratio.min() > 0 and ratio.max() < 1
 
 
 def test_reduction_sets_the_hidden_units_and_never_reaches_zero() -> None:
@@ -18,4 +18,4 @@ def test_reduction_sets_the_hidden_units_and_never_reaches_zero() -> None:
 def test_mask_attention_is_a_weight_map() -> None:
     weight = MaskAttention()(torch.rand(2, 1, 9, 5))
     assert weight.shape == (2, 1, 9, 5)
-    assert 0 < weight.min() and weight.max() < 1
+    assert weight.min() > 0 and weight.max() < 1

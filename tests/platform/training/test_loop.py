@@ -65,8 +65,10 @@ def test_a_resumed_run_gives_the_very_same_losses_and_weights(
 
 
 def test_it_stops_when_patience_runs_out(tiny_store: LocalStore, tiny_config: ExperimentConfig) -> None:
-    config = with_values(tiny_config, {"train.epochs": 9, "train.patience": 2, "optim.learning_rate": 1e-12,
-                                       "optim.min_learning_rate": 0.0})
+    config = with_values(
+        tiny_config,
+        {"train.epochs": 9, "train.patience": 2, "optim.learning_rate": 1e-12, "optim.min_learning_rate": 0.0},
+    )
     reported, state = run(tiny_store, config)
     assert len(reported) == state.epoch == 3
     assert state.stale == 2
@@ -75,7 +77,7 @@ def test_it_stops_when_patience_runs_out(tiny_store: LocalStore, tiny_config: Ex
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_store: LocalStore, tiny_config: ExperimentConfig) -> None:
     state = build_state(tiny_config, open_split(tiny_store, "tiny", "train").digest)
     state.model.background_head.bias.data.fill_(float("nan"))
-    with pytest.raises(TrainingError, match="not|no longer finite"):
+    with pytest.raises(TrainingError, match="no longer finite"):
         run(tiny_store, tiny_config, state)
 
 
