@@ -98,7 +98,9 @@ def load_weights(model: RestorationUNet, checkpoint: Checkpoint) -> None:
     try:
         model.load_state_dict(load_file(checkpoint.folder / WEIGHTS))
     except (RuntimeError, ValueError) as error:
-        raise IntegrityError(f"{checkpoint.folder}: the weights do not fit the model of its config ({error})") from error
+        raise IntegrityError(
+            f"{checkpoint.folder}: the weights do not fit the model of its config ({error})"
+        ) from error
 
 
 def load_train_state(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -11,13 +11,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kintsugi import imaging, local
+from kintsugi import cluster, imaging, local
 from kintsugi.config import ExperimentConfig, Split, load_config, with_values
 from kintsugi.errors import ConfigError, StoreError
 from kintsugi.storage import ObjectStore, open_store, store_uri_from_environment, write_atomically
 
 if TYPE_CHECKING:
-    from kintsugi.evaluation import Scorecard
+    from kintsugi.evaluation import Figure, Scorecard
     from kintsugi.registry import ModelVersion, Registry
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for machines.")]
@@ -117,13 +117,14 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train on the Ray cluster and publish the best checkpoint with its validation scorecard."""
-    from kintsugi.training.launch import check_perceptual, connect, launch_training
-
     store = open_root_store()
+    # Ray reads its token settings when it is imported: only now are they set.
+    from kintsugi.training.launch import check_perceptual, launch_training
+
     settings = pin_dataset(store, load_config(config, sets or ()))
     check_perceptual(settings)
     run = run or f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-    connect()
+    cluster.connect()
     note(
         f"run {run}: {settings.train.workers} workers, {settings.train.epochs} epochs, dataset {settings.data.dataset}"
     )
@@ -285,18 +286,22 @@ def publish_best(store: ObjectStore, name: str, run: str) -> "tuple[ModelVersion
 
 
 def print_scorecard(card: "Scorecard") -> None:
-    """The figures that people compare, overall and by category."""
+    """The figures that people compare, overall and by category: as they are, and after one intensity fit."""
     from kintsugi.evaluation import SHOWN
 
-    say(f"{card.model} on {card.dataset.partition('@')[0]}/{card.split}: {len(card.images)} images")
-    groups = {"all": card.overall, **card.by_category, **{f"defect: {k}": v for k, v in card.by_defect_type.items()}}
-    names = (*SHOWN, *(f"aligned_{name}" for name in SHOWN), "defect_psnr_zeroed")
-    rows = [
-        (group, *(f"{f.degraded:.2f} → {f.restored:.2f}" if (f := figures.get(name)) else "" for name in names))
-        for group, figures in groups.items()
-    ]
-    print_table(("", *(name.replace("_", " ") for name in names)), rows)
+    for prefix, title in (("", "as they are"), ("aligned_", "after one global intensity fit")):
+        names = [f"{prefix}{name}" for name in SHOWN]
+        rows = [
+            (group, *(_change(figures.get(name)) for name in names))
+            for group, figures in {"all": card.overall, **card.by_category}.items()
+        ]
+        note(f"{card.model} on {card.dataset.partition('@')[0]}/{card.split}, {len(card.images)} images, {title}:")
+        print_table(("", "PSNR, dB", "SSIM", "defect PSNR, dB", "defect SSIM"), rows)
     say(f"score {card.score:+.2f} dB: the smaller of the aligned gains in PSNR and in defect PSNR")
+
+
+def _change(figure: "Figure | None") -> str:
+    return f"{figure.degraded:.2f} → {figure.restored:.2f}" if figure else ""
 
 
 def _tell_published(version: "ModelVersion", card: "Scorecard", run: str, as_json: bool) -> None:

@@ -139,9 +139,7 @@ def _score(
     degraded, clean, mask = evaluation_pair(sample, config)
     restoration = restorer.restore(degraded, mask if _shows_mask(restorer, give_mask) else None)
     reference = clean.to_unit()
-    before, after = (
-        fidelity(image.to_unit(), reference, mask).to_dict() for image in (degraded, restoration.image)
-    )
+    before, after = (fidelity(image.to_unit(), reference, mask).to_dict() for image in (degraded, restoration.image))
     return ImageScore(
         sample_id=sample.sample_id,
         part_id=sample.part_id,
@@ -163,9 +161,7 @@ def _finite(figures: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
-def _grouped(
-    images: Sequence[ImageScore], key: Callable[[ImageScore], str]
-) -> Iterable[tuple[str, list[ImageScore]]]:
+def _grouped(images: Sequence[ImageScore], key: Callable[[ImageScore], str]) -> Iterable[tuple[str, list[ImageScore]]]:
     for name in sorted({key(image) for image in images}):
         yield name, [image for image in images if key(image) == name]
 
@@ -189,9 +185,7 @@ def _figure(images: Sequence[ImageScore], name: str) -> Figure:
     )
 
 
-def bootstrap(
-    values: np.ndarray, groups: Sequence[str], *, draws: int = 1000, seed: int = 0
-) -> tuple[float, float]:
+def bootstrap(values: np.ndarray, groups: Sequence[str], *, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
     """95% percentile interval of the mean when whole groups are drawn with replacement.
 
     Images of one part are not independent; resampling images would make the interval too narrow.

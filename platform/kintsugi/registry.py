@@ -116,7 +116,9 @@ class Registry:
         try:
             manifest = read_manifest(self.store, _version_key(_check_name(name), number))
         except ObjectNotFound:
-            raise ModelNotFound(f"there is no model {name}@{number}: 'kintsugi models list' shows what exists") from None
+            raise ModelNotFound(
+                f"there is no model {name}@{number}: 'kintsugi models list' shows what exists"
+            ) from None
         return ModelVersion.model_validate(
             {**manifest.meta, "number": number, "digest": manifest.digest, "created": manifest.created}
         )
@@ -204,7 +206,9 @@ class Registry:
         try:
             return Alias.model_validate_json(data), etag
         except ValidationError as error:
-            raise IntegrityError(f"{self.store.uri}/{key} is damaged: promote a version again after removing it") from error
+            raise IntegrityError(
+                f"{self.store.uri}/{key} is damaged: promote a version again after removing it"
+            ) from error
 
     def _move(self, name: str, alias: str, number: int, action: Literal["promote", "rollback"]) -> None:
         key = _alias_key(name, alias)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from kintsugi import cluster
 from kintsugi.commands import (
     Json,
     Sets,
@@ -30,16 +31,17 @@ def tune(
     as_json: Json = False,
 ) -> None:
     """Search hyper-parameters on the Ray cluster and publish the winner."""
-    from kintsugi.training.launch import check_perceptual, connect
+    store = open_root_store()
+    # Ray reads its token settings when it is imported: only now are they set.
+    from kintsugi.training.launch import check_perceptual
     from kintsugi_tune.search import launch_search
 
-    store = open_root_store()
     settings = pin_dataset(store, load_config(config, sets or ()))
     wanted = load_space(space)
     wanted.check(settings)
     check_perceptual(settings)
     search = search or f"search-{datetime.now():%Y%m%d-%H%M%S}"
-    connect()
+    cluster.connect()
     note(f"search {search}: {settings.search.trials} trials of up to {settings.search.epochs} epochs")
     result = launch_search(settings, wanted, store.uri, search)
     version, card = publish_best(store, name, result.best.run)

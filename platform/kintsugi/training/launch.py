@@ -1,7 +1,5 @@
 """Ray Train around the loop: DDP workers, checkpoints and curves in the store, resumption by run name."""
 
-import logging
-import os
 import sys
 import tempfile
 import time
@@ -10,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 from ray import train as ray_train
 from ray.train import Checkpoint as RayCheckpoint
@@ -19,28 +16,13 @@ from ray.train.torch import TorchTrainer, get_device, prepare_model
 
 from kintsugi.config import ExperimentConfig, parse_config
 from kintsugi.data.dataset import SplitReader, open_split
-from kintsugi.errors import KintsugiError, StackError, TrainingError
+from kintsugi.errors import KintsugiError, TrainingError
 from kintsugi.losses import build_loss
 from kintsugi.models import PerceptualDistance
 from kintsugi.storage import open_store
 from kintsugi.training.curves import Curves
 from kintsugi.training.loop import Worker, fit
 from kintsugi.training.state import TrainState, build_state
-
-
-def connect() -> None:
-    """Join the Ray cluster that RAY_ADDRESS names; once a process.
-
-    Raises:
-        StackError: no address is set, or nothing answers there.
-    """
-    address = os.environ.get("RAY_ADDRESS", "")
-    if not address:
-        raise StackError("no Ray cluster: run 'kintsugi up', or set RAY_ADDRESS to a cluster's address")
-    try:
-        ray.init(address=address, ignore_reinit_error=True, logging_level=logging.WARNING)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise StackError(f"no Ray cluster answers at {address} ({error}): run 'kintsugi status'") from error
 
 
 def launch_training(

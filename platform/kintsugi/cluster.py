@@ -1,0 +1,24 @@
+"""Join the Ray cluster that the environment names."""
+
+import logging
+import os
+
+from kintsugi.errors import StackError
+
+
+def connect() -> None:
+    """Join the cluster at RAY_ADDRESS, once a process.
+
+    Raises:
+        StackError: no address is set, or nothing answers there.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    if not address:
+        raise StackError("no Ray cluster is known: run 'kintsugi up', or set RAY_ADDRESS to a cluster's address")
+    # Not at the top: Ray reads its token settings when it is imported, and the local stack's come just before this.
+    import ray
+
+    try:
+        ray.init(address=address, ignore_reinit_error=True, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise StackError(f"no Ray cluster answers at {address} ({error}): run 'kintsugi status'") from error

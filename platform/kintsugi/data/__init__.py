@@ -1,0 +1,1 @@
+"""Images in, samples out: layouts of others, degradations, Parquet datasets, training crops."""

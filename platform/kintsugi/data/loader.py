@@ -1,0 +1,217 @@
+"""Training crops and evaluation pairs.
+
+All that is random follows from (seed, epoch, sample id): a run that is resumed, or that goes on with another
+number of workers, sees the same crops in the same global batches.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from kintsugi.config import ExperimentConfig
+from kintsugi.data.dataset import SplitReader
+from kintsugi.data.degradation import Unit, build_degradation, generator_for
+from kintsugi.data.sample import Sample
+from kintsugi.errors import DataError
+from kintsugi.imaging import Image, convert
+
+Key = tuple[int, int] | tuple[int, int, int]
+Mask = NDArray[np.bool_]
+Scalar = TypeVar("Scalar", bound=np.generic)
+
+
+class Crops(NamedTuple):
+    """One crop, or a batch of them with a leading dimension.
+
+    `degraded` and `clean` are (C, h, w) float32 in [0, 1]. `mask` is (1, h, w) float32 of 0 and 1: the truth,
+    for the loss. `mask_known` is 1 where the model may see that mask, 0 where it is withheld or nobody drew one.
+    """
+
+    degraded: Tensor
+    clean: Tensor
+    mask: Tensor
+    mask_known: Tensor
+
+
+class TrainCrops(Dataset[Crops]):
+    """Crops by (epoch, index), or (epoch, index, round) where an epoch passes over the data more than once."""
+
+    def __init__(self, reader: SplitReader, config: ExperimentConfig) -> None:
+        self.reader = reader
+        self.config = config
+        self._degradation = build_degradation(config.degradation)
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, key: Key) -> Crops:
+        epoch, index, *again = key
+        sample = self.reader.sample(index)
+        generator = generator_for(self.config.train.seed, epoch, sample.sample_id, *filter(None, again))
+        degraded, clean, mask = self._crop(sample, generator)
+        withheld = generator.random() < self.config.data.mask_dropout
+        known = float(sample.mask_known and not withheld)
+        return Crops(
+            self._tensor(degraded), self._tensor(clean), torch.from_numpy(mask[None].astype(np.float32)),
+            torch.tensor(known),
+        )  # fmt: skip
+
+    def _crop(self, sample: Sample, generator: np.random.Generator) -> tuple[Unit, Unit, Mask]:
+        data, size = self.config.data, self.config.data.crop
+        given = sample.degraded if self.config.degradation.use_given else None
+        margin = 0 if given is not None else self._degradation.reach
+        top, left = _corner(sample.mask, size, data.defect_crops, generator)
+        pose = _Pose(int(generator.integers(4)), bool(generator.integers(2))) if data.flips else _Pose()
+        channel = int(generator.integers(3)) if self.config.model.channels == 1 and sample.clean.channels == 3 else None
+        window = _Window(sample.clean.size, top - margin, left - margin, size + 2 * margin)
+
+        def cut(image: Image) -> Unit:
+            pixels = image.pixels if channel is None else image.pixels[..., channel]
+            return pose.apply(window.cut(pixels)).astype(np.float32) / np.float32(image.white_level)
+
+        clean = cut(sample.clean)
+        # Turned before it is degraded: a preset with horizontal motion stays horizontal.
+        degraded = cut(given) if given is not None else self._degradation(clean, generator, sample.clean.white_level)
+        inner = slice(margin, margin + size)
+        return degraded[inner, inner], clean[inner, inner], pose.apply(window.cut(sample.mask))[inner, inner]
+
+    def _tensor(self, image: Unit) -> Tensor:
+        planes = image[None] if image.ndim == 2 else np.moveaxis(image, 2, 0)
+        if len(planes) < self.config.model.channels:
+            planes = np.repeat(planes, self.config.model.channels, axis=0)
+        return torch.from_numpy(np.ascontiguousarray(planes))
+
+
+def epoch_indices(
+    count: int, *, seed: int, epoch: int, rank: int, world: int, batch: int, steps: int | None = None
+) -> list[int]:
+    """The sample indices of one worker for one epoch.
+
+    A permutation that depends on seed and epoch, filled up from its start to whole batches (or to `steps` of
+    them), of which worker `rank` takes every `world`-th. So global batch b is the same set of images for any
+    number of workers that divides `batch`, and all workers take equally many steps.
+    """
+    return [index for index, _ in _epoch_items(count, seed, epoch, rank, world, batch, steps)]
+
+
+def build_train_loader(
+    reader: SplitReader, config: ExperimentConfig, *, epoch: int, rank: int, world: int
+) -> DataLoader[Crops]:
+    """Batches of `Crops` for one worker and one epoch: `data.batch_size / world` crops each.
+
+    Raises:
+        DataError: the batch cannot be shared equally by `world` workers.
+    """
+    data, train = config.data, config.train
+    if data.batch_size % world:
+        raise DataError(
+            f"data.batch_size={data.batch_size} cannot be shared by {world} workers: use a multiple of {world}"
+        )
+    items = _epoch_items(len(reader), train.seed, epoch, rank, world, data.batch_size, train.steps_per_epoch)
+    return DataLoader(
+        TrainCrops(reader, config),
+        batch_size=data.batch_size // world,
+        sampler=_Keys([(epoch, index, again) for index, again in items]),
+        num_workers=data.loader_processes,
+        worker_init_fn=_one_thread if data.loader_processes else None,
+        pin_memory=train.gpu and torch.cuda.is_available(),
+    )
+
+
+def evaluation_pair(sample: Sample, config: ExperimentConfig) -> tuple[Image, Image, Mask]:
+    """Degraded and clean image, whole and at native resolution, and the defect mask.
+
+    Without a given degraded image it is made with a seed from the sample id alone, so that every epoch,
+    process and run scores the same pixels. JPEG becomes PNG, which keeps what the degradation made.
+    """
+    if sample.degraded is not None and config.degradation.use_given:
+        return sample.degraded, sample.clean, sample.mask
+    degradation = build_degradation(config.degradation)
+    unit = degradation(sample.clean.to_unit(), generator_for(0, sample.sample_id), sample.clean.white_level)
+    lossless = convert(sample.clean, "png") if sample.clean.format == "jpeg" else sample.clean
+    return lossless.with_unit(unit), sample.clean, sample.mask
+
+
+@dataclass(frozen=True)
+class _Pose:
+    quarter_turns: int = 0
+    flipped: bool = False
+
+    def apply(self, image: NDArray[Scalar]) -> NDArray[Scalar]:
+        turned = np.rot90(image, self.quarter_turns)
+        return turned[:, ::-1] if self.flipped else turned
+
+
+class _Window:
+    """A square that may reach over the border, where the image is mirrored (the border pixel once)."""
+
+    def __init__(self, size: tuple[int, int], top: int, left: int, side: int) -> None:
+        rows, columns = (_mirrored(start, side, length) for start, length in zip((top, left), size, strict=True))
+        self._places = np.ix_(rows, columns)
+
+    def cut(self, pixels: NDArray[Scalar]) -> NDArray[Scalar]:
+        return pixels[self._places]
+
+
+def _mirrored(start: int, side: int, length: int) -> NDArray[np.intp]:
+    period = max(2 * (length - 1), 1)
+    places = np.arange(start, start + side) % period
+    return np.minimum(places, period - places) if length > 1 else np.zeros(side, np.intp)
+
+
+def _corner(mask: Mask, size: int, defect_share: float, generator: np.random.Generator) -> tuple[int, int]:
+    """Top and left of a crop; with probability `defect_share` it holds a pixel of a defect, if there is one."""
+    on_defect = generator.random() < defect_share
+    pixel = _defect_pixel(mask, generator) if on_defect and mask.any() else None
+    top, left = (_start(mask.shape[a], size, None if pixel is None else pixel[a], generator) for a in (0, 1))
+    return top, left
+
+
+def _defect_pixel(mask: Mask, generator: np.random.Generator) -> tuple[int, int]:
+    """A pixel of a defect; each defect is as likely as any other, whatever its size."""
+    count, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
+    rows, columns = np.nonzero(labels == generator.integers(1, count))
+    chosen = generator.integers(len(rows))
+    return int(rows[chosen]), int(columns[chosen])
+
+
+def _start(length: int, size: int, pixel: int | None, generator: np.random.Generator) -> int:
+    if length <= size:
+        return -((size - length) // 2)
+    low, high = 0, length - size
+    if pixel is not None:
+        low, high = max(low, pixel - size + 1), min(high, pixel)
+    return int(generator.integers(low, high, endpoint=True))
+
+
+def _epoch_items(
+    count: int, seed: int, epoch: int, rank: int, world: int, batch: int, steps: int | None
+) -> list[tuple[int, int]]:
+    """(index, round) pairs; the round tells how often the epoch has passed over the data before."""
+    if count < 1:
+        raise DataError("the training split holds no image: build the dataset again")
+    order = generator_for(seed, "epoch", epoch).permutation(count)
+    total = batch * (-(-count // batch) if steps is None else steps)
+    return [(int(order[place % count]), place // count) for place in range(rank, total, world)]
+
+
+class _Keys(Sampler[tuple[int, int, int]]):
+    def __init__(self, keys: list[tuple[int, int, int]]) -> None:
+        self._keys = keys
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        return iter(self._keys)
+
+
+def _one_thread(_: int) -> None:
+    cv2.setNumThreads(1)
