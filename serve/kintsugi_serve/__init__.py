@@ -1,0 +1,1 @@
+"""The autoscaling endpoint: an HTTP ingress, replicas that hold a published model, and a client."""

@@ -1,0 +1,109 @@
+"""The Ray Serve application: a thin ingress and autoscaled replicas. Import path: `kintsugi_serve.app:build`."""
+
+import asyncio
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.config import BackpressureConfig
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from kintsugi.errors import KintsugiError
+from kintsugi.storage import open_store
+from kintsugi_serve.api import build_api
+from kintsugi_serve.replica import Replica
+from kintsugi_serve.schemas import Answer, Args, Job, LoadedModel, Refusal, Rejection, Settings
+
+DESCRIBE_TIMEOUT_S = 5.0
+
+
+class ReplicaBackend:
+    """The replicas behind a Ray handle; what Ray raises becomes a Refusal with Retry-After."""
+
+    def __init__(self, handle: DeploymentHandle[Replica], timeout_s: float) -> None:
+        self._handle = handle
+        self._timeout_s = timeout_s
+
+    async def restore(self, job: Job) -> Answer | Rejection:
+        return await _result(self._handle.restore.remote(job), self._timeout_s)
+
+    async def describe(self) -> LoadedModel:
+        return await _result(self._handle.describe.remote(), DESCRIBE_TIMEOUT_S)
+
+    async def published(self) -> list[dict[str, Any]]:
+        return await _result(self._handle.published.remote(), self._timeout_s)
+
+
+async def _result(response: Any, timeout_s: float) -> Any:
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await response
+    except TimeoutError:
+        response.cancel()
+        raise Refusal("timeout", f"no answer within {timeout_s:g} s: try again, or send smaller images") from None
+    except RayTaskError as error:
+        if isinstance(error.cause, KintsugiError):
+            raise error.cause from error
+        raise
+    except BackPressureError as error:
+        raise Refusal("overloaded", f"{error.args[0]} requests wait already: try again later") from error
+    except (RayActorError, RayServeException) as error:
+        raise Refusal("unavailable", "the replica went away while it worked: try again") from error
+
+
+class Ingress:
+    """Serves HTTP and holds no model."""
+
+    def __init__(self, settings: Settings, replicas: DeploymentHandle[Replica]) -> None:
+        self._settings = settings
+        self._replicas = replicas
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        backend = ReplicaBackend(self._replicas, self._settings.timeout_s)
+        return build_api(self._settings, backend, proxy_echoes_id=True)
+
+
+def build(args: Args) -> serve.Application:
+    """The application for `serve run`, `serve deploy` and `kintsugi serve`.
+
+    An alias is resolved here, once, so that all replicas serve one version, also those that are started later.
+    To swap the model in place, change the Replica deployment's `user_config`.
+
+    Raises:
+        ModelNotFound: `args.model` names no published model.
+    """
+    from kintsugi.registry import Registry
+
+    version = Registry(open_store(args.store)).resolve(args.model)
+    settings = args.settings()
+    ongoing = 2 * args.max_batch_size
+    replicas = serve.deployment(
+        name="Replica",
+        user_config={"model": f"{version.name}@{version.number}"},
+        ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
+        max_ongoing_requests=ongoing,
+        max_queued_requests=args.max_queued_requests,
+        autoscaling_config={
+            "min_replicas": args.min_replicas,
+            "max_replicas": args.max_replicas,
+            "target_ongoing_requests": args.target_ongoing_requests,
+            "upscale_delay_s": 5,
+            "downscale_delay_s": 120,
+        },
+        max_surge_percent=100,
+        max_constructor_retry_count=3,
+        health_check_period_s=5,
+        graceful_shutdown_timeout_s=args.timeout_s,
+    )(Replica)
+    ingress = serve.deployment(
+        name="Ingress",
+        ray_actor_options={"num_cpus": args.ingress_num_cpus},
+        max_ongoing_requests=args.max_replicas * ongoing + args.max_queued_requests + 16,
+        max_queued_requests=args.max_queued_requests,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
+        max_surge_percent=100,
+        graceful_shutdown_timeout_s=args.timeout_s,
+    )(serve.ingress()(Ingress))
+    return ingress.bind(settings, replicas.bind(settings))

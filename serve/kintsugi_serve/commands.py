@@ -1,0 +1,177 @@
+"""The `kintsugi serve` verb: puts a published model behind HTTP on the cluster."""
+
+import importlib
+import json
+import logging
+import os
+import socket
+import sys
+import time
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+import typer
+
+from kintsugi import local
+from kintsugi.errors import ConfigError, ModelNotFound, StackError
+from kintsugi.storage import open_store, store_uri_from_environment
+
+APP = "kintsugi"
+DEFAULT_PORT = 8000
+START_TIMEOUT_S = 180.0
+_LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+
+
+def serve(
+    model: Annotated[str | None, typer.Option(metavar="NAME[@ALIAS|@NUMBER]", help="A published model.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Default: the one 'kintsugi up' recorded, else 8000.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    min_replicas: Annotated[int, typer.Option(min=0)] = 1,
+    max_replicas: Annotated[int, typer.Option(min=1)] = 2,
+    api_key_sha256: Annotated[
+        list[str] | None, typer.Option(metavar="HEX", help="SHA-256 of a key to ask callers for; repeatable.")
+    ] = None,
+    stop: Annotated[bool, typer.Option("--stop", help="Take the service down.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document for machines.")] = False,
+) -> None:
+    """Serve a published model over HTTP with autoscaling replicas; it stays up until --stop."""
+    stack = local.activate(local.home_folder())
+    if stop:
+        stopped = _stop()
+        _print({"stopped": stopped}, "the service is down" if stopped else "no service was running", as_json)
+        return
+    args = _arguments(model, host, min_replicas, max_replicas, api_key_sha256 or [])
+    port = port or (urlsplit(stack.endpoint).port if stack else None) or DEFAULT_PORT
+    _check_model(args["store"], args["model"])
+    _check_port(host, port)
+    _start(args, host, port)
+    address = f"http://{_reachable(host)}:{port}"
+    ready = _wait_until_ready(address, START_TIMEOUT_S)
+    _print(
+        {"address": address, "model": ready["model"], "digest": ready["digest"]},
+        f"{ready['model']} answers at {address} (a page for people: {address}/, its API: {address}/docs)",
+        as_json,
+    )
+
+
+def _arguments(model: str | None, host: str, min_replicas: int, max_replicas: int, keys: list[str]) -> dict[str, Any]:
+    if model is None:
+        raise ConfigError("--model is needed, for example --model unet@production")
+    if min_replicas > max_replicas:
+        raise ConfigError(f"--min-replicas ({min_replicas}) is above --max-replicas ({max_replicas}): lower it")
+    if host not in _LOOPBACK and not keys:
+        raise ConfigError(f"{host} is open to others: ask for a key with --api-key-sha256, or stay on 127.0.0.1")
+    for key in keys:
+        if len(key) != 64 or not set(key) <= set("0123456789abcdef"):
+            raise ConfigError("--api-key-sha256 takes 64 hex digits: the output of printf %s KEY | sha256sum")
+    return {
+        "store": store_uri_from_environment(),
+        "model": model,
+        "min_replicas": min_replicas,
+        "max_replicas": max_replicas,
+        "api_key_sha256": keys,
+    }
+
+
+def _check_model(store: str, model: str) -> None:
+    from kintsugi.registry import Registry
+
+    try:
+        Registry(open_store(store)).resolve(model)
+    except ModelNotFound as error:
+        raise ModelNotFound(f"nothing to serve: {error}") from error
+
+
+def _check_port(host: str, port: int) -> None:
+    """A service of ours may answer there: then it is updated. Anything else is in the way."""
+    try:
+        socket.create_connection((_reachable(host), port), timeout=2).close()
+    except OSError:
+        return
+    if not _is_ours(f"http://{_reachable(host)}:{port}"):
+        raise StackError(f"port {port} on {host} is taken by another program: stop it, or give --port")
+
+
+def _is_ours(address: str) -> bool:
+    """Ray Serve's own health path answers at its proxy, also before an application runs."""
+    import httpx2
+
+    try:
+        answer = httpx2.get(f"{address}/-/healthz", timeout=5)
+    except httpx2.HTTPError:
+        return False
+    return answer.text == "success"
+
+
+def _start(args: dict[str, Any], host: str, port: int) -> None:
+    _connect()
+    from ray import serve as ray_serve
+
+    from kintsugi_serve.app import build
+    from kintsugi_serve.schemas import Args
+
+    settings = Args.model_validate(args)
+    options: dict[str, Any] = {"host": host, "port": port, "request_timeout_s": settings.timeout_s + 30}
+    ray_serve.start(proxy_location="HeadOnly", http_options=options)
+    try:
+        ray_serve.run(build(settings), name=APP, route_prefix="/", blocking=False)
+    except RuntimeError as error:
+        raise StackError(f"the service did not start ({error}): the Ray dashboard shows the replicas' logs") from error
+
+
+def _connect() -> None:
+    import ray
+
+    if not os.environ.get("RAY_ADDRESS"):
+        raise StackError("no cluster is known: run 'kintsugi up', or set RAY_ADDRESS")
+    try:
+        ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        address = os.environ["RAY_ADDRESS"]
+        raise StackError(f"the cluster at {address} does not answer or refuses the token: run 'kintsugi up'") from error
+    # Importing ray.serve sets its logger's level, so the level is set after that.
+    importlib.import_module("ray.serve")
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+
+
+def _stop() -> bool:
+    """Whether an application was there; Serve's proxy, and with it the port, goes too if nothing else needs it."""
+    _connect()
+    from ray import serve as ray_serve
+
+    found = APP in ray_serve.status().applications
+    if found:
+        ray_serve.delete(APP)
+    if not ray_serve.status().applications:
+        ray_serve.shutdown()
+    return found
+
+
+def _wait_until_ready(address: str, timeout_s: float) -> dict[str, Any]:
+    import httpx2
+
+    deadline = time.monotonic() + timeout_s
+    last = "no answer"
+    while time.monotonic() < deadline:
+        try:
+            answer = httpx2.get(f"{address}/readyz", timeout=10)
+            if answer.status_code == 200:
+                return answer.json()
+            last = f"{answer.status_code} {answer.text[:200]}"
+        except httpx2.HTTPError as error:
+            last = str(error)
+        time.sleep(0.2)
+    raise StackError(
+        f"{address}/readyz was not ready within {timeout_s:.0f} s ({last}): if Ray Serve already runs on another port, "
+        "run 'kintsugi serve --stop' first; otherwise look at the replicas' logs in the Ray dashboard"
+    )
+
+
+def _reachable(host: str) -> str:
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def _print(document: dict[str, Any], sentence: str, as_json: bool) -> None:
+    sys.stdout.write((json.dumps(document) if as_json else sentence) + "\n")

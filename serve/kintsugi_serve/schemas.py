@@ -1,0 +1,259 @@
+"""What crosses the service's boundaries: settings, jobs, answers, S3 addresses, and the table of problems."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+
+from kintsugi.errors import KintsugiError
+from kintsugi.imaging import MAX_PIXELS
+from kintsugi.storage import store_uri_from_environment
+
+RESERVED = ("models", "datasets", "runs")
+_S3_URI = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.+))?")
+_FORBIDDEN = frozenset('%\\@?#*"<>|')
+
+# code -> (status, title). Clients branch on the code: it never changes its meaning.
+PROBLEMS: dict[str, tuple[int, str]] = {
+    "bad_request": (400, "The request is malformed"),
+    "unauthorized": (401, "An API key is needed"),
+    "forbidden": (403, "Not allowed"),
+    "not_found": (404, "Not found"),
+    "method_not_allowed": (405, "Method not allowed"),
+    "conflict": (409, "Another object is there already"),
+    "too_large": (413, "Too large"),
+    "unsupported_format": (415, "This format is not restored"),
+    "unsupported_mode": (415, "This kind of image is not restored"),
+    "undecodable": (422, "The image cannot be decoded"),
+    "over_white_level": (422, "The image is brighter than the white level"),
+    "mismatch": (422, "Image and mask do not fit together"),
+    "mask_required": (422, "This model needs a defect mask"),
+    "internal": (500, "The service failed"),
+    "store_failed": (502, "The object store refused"),
+    "overloaded": (503, "Too many requests wait already"),
+    "unavailable": (503, "No replica can answer now"),
+    "store_unavailable": (503, "The object store did not answer"),
+    "timeout": (503, "The answer took too long"),
+}
+
+
+class Refusal(KintsugiError):
+    """A request that is answered with a problem; `code` is a key of PROBLEMS."""
+
+    def __init__(self, code: str, detail: str, *, retry_after_s: int | None = None) -> None:
+        super().__init__(detail)
+        self.code = code
+        self.detail = detail
+        self.status, self.title = PROBLEMS[code]
+        self.retry_after_s = 1 if retry_after_s is None and self.status == 503 else retry_after_s
+
+
+class Problem(BaseModel):
+    """The body of every error (RFC 9457)."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    code: str
+    request_id: str
+
+
+class Settings(BaseModel):
+    """What the ingress and the replicas need to know; the rest of Args is for Ray."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    store: str = Field(default_factory=store_uri_from_environment, description="root of the models")
+    s3_roots: tuple[str, ...] | None = Field(
+        default=None, description="s3://bucket/prefix that the S3 route may read and write; default: the store"
+    )
+    api_key_sha256: tuple[Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")], ...] = Field(
+        default=(), description="SHA-256 of the accepted keys; none: no key is asked for"
+    )
+    max_body_bytes: int = Field(default=64 * 2**20, ge=1024)
+    max_pixels: int = Field(default=MAX_PIXELS, ge=1)
+    timeout_s: float = Field(default=60, gt=0, description="until the ingress gives up on a replica")
+    max_batch_size: int = Field(default=8, ge=1)
+    batch_wait_s: float = Field(default=0.01, ge=0)
+    threads: int = Field(default=1, ge=1, description="torch threads of a replica")
+    device: str = Field(default="cpu", description="where the model runs: cpu or cuda")
+
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """The S3 addresses under which the S3 route works."""
+        if self.s3_roots is not None:
+            return self.s3_roots
+        return (self.store,) if self.store.startswith("s3://") else ()
+
+    @field_validator("store")
+    @classmethod
+    def _folder_is_absolute(cls, store: str) -> str:
+        # Replicas have another working directory than the process that wrote the setting.
+        return store if "://" in store else str(Path(store).resolve())
+
+    @model_validator(mode="after")
+    def _roots_are_addresses(self) -> "Settings":
+        for root in self.s3_roots or ():
+            if not _S3_URI.fullmatch(root) or _unsafe_key(root.rstrip("/").partition("://")[2]):
+                raise ValueError(f"s3_roots: {root!r} is not an address: write it as s3://bucket/prefix")
+        return self
+
+
+class Args(Settings):
+    """Arguments of the application: `kintsugi_serve.app:build`."""
+
+    model: str = Field(default="unet@production", min_length=1, description="NAME@ALIAS, NAME@NUMBER or NAME")
+    min_replicas: int = Field(default=1, ge=0)
+    max_replicas: int = Field(default=2, ge=1)
+    num_cpus: float = Field(default=0.5, gt=0, description="of a replica")
+    ingress_num_cpus: float = Field(default=0.1, ge=0)
+    num_gpus: float = Field(default=0, ge=0, description="of a replica; above 0 the model runs on cuda")
+    target_ongoing_requests: float = Field(default=4, gt=0, description="of a replica, before another is started")
+    max_queued_requests: int = Field(default=32, ge=1, description="that wait for a replica; more are refused with 503")
+
+    @model_validator(mode="after")
+    def _bounds_agree(self) -> "Args":
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas ({self.min_replicas}) is above max_replicas ({self.max_replicas})")
+        return self
+
+    def settings(self) -> Settings:
+        """The part for ingress and replicas."""
+        values: dict[str, Any] = {name: getattr(self, name) for name in Settings.model_fields}
+        if self.num_gpus > 0 and "device" not in self.model_fields_set:
+            values["device"] = "cuda"
+        return Settings(**values)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to restore, as the client sent it."""
+
+    image: bytes
+    mask: bytes | None = None
+    white_level: int | None = None
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """The version that a replica answers with."""
+
+    name: str
+    number: int
+    digest: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}@{self.number}"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A restored image, in the format that came in. `report` is `Report.to_dict()`."""
+
+    image: bytes
+    format: str
+    model: LoadedModel
+    retention: float
+    alarm: bool
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """Why an image was not restored: the code and sentence of its ImageError."""
+
+    code: str
+    detail: str
+
+
+class Backend(Protocol):
+    """What the API needs of the replicas. Raises Refusal where none can answer."""
+
+    async def restore(self, job: Job) -> Answer | Rejection: ...
+
+    async def describe(self) -> LoadedModel: ...
+
+    async def published(self) -> list[dict[str, Any]]:
+        """Names, aliases and versions in the store."""
+        ...
+
+
+class S3Request(BaseModel):
+    """Body of POST /v1/restore/s3."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    input: str
+    output: str
+    mask: str | None = None
+    white_level: int | None = None
+
+
+class S3Result(BaseModel):
+    """Answer of POST /v1/restore/s3; `created` is false where the same bytes were there already."""
+
+    output: str
+    created: bool
+    model: str
+    digest: str
+    report: dict[str, Any]
+    request_id: str
+
+
+class JsonResult(BaseModel):
+    """Answer of POST /v1/restore with Accept: application/json."""
+
+    image: str = Field(description="base64")
+    format: str
+    model: str
+    digest: str
+    report: dict[str, Any]
+    request_id: str
+
+
+@dataclass(frozen=True)
+class S3Address:
+    """An object below one of the allowed roots: the root's URI and the key under it."""
+
+    root: str
+    key: str
+
+
+def allowed_address(uri: str, roots: tuple[str, ...]) -> S3Address:
+    """The root that holds `uri`, and the key under it.
+
+    Raises:
+        Refusal: `forbidden`, for every address that is not plainly below a root. Nothing is decoded or
+            normalised, since what one reader takes for `..` another takes for a name.
+    """
+    match = _S3_URI.fullmatch(uri)
+    if not match or not match[2] or _unsafe_key(match[2]):
+        raise Refusal("forbidden", "the address must be plain: s3://bucket/key, without '..', '//', '%', '@' or '\\'")
+    for root in roots:
+        base = root.rstrip("/") + "/"
+        if uri.startswith(base):
+            return S3Address(base.rstrip("/"), uri[len(base) :])
+    raise Refusal("forbidden", "the address is outside the places that this service may use")
+
+
+def writable_address(uri: str, settings: Settings) -> S3Address:
+    """As `allowed_address`, and not among the models, datasets and runs of the store."""
+    address = allowed_address(uri, settings.roots)
+    for name in RESERVED:
+        reserved = f"{settings.store.rstrip('/')}/{name}"
+        if uri == reserved or uri.startswith(reserved + "/"):
+            raise Refusal("forbidden", f"results cannot be written below {name}/ of the store")
+    return address
+
+
+def _unsafe_key(key: str) -> bool:
+    return (
+        not key.isprintable()
+        or len(key.encode()) > 1024
+        or any(part in ("", ".", "..") for part in key.split("/"))
+        or not _FORBIDDEN.isdisjoint(key)
+    )

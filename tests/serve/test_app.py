@@ -1,0 +1,139 @@
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray import serve
+from ray.exceptions import ActorDiedError
+from ray.serve.exceptions import BackPressureError
+from ray.serve.schema import ServeDeploySchema
+
+from kintsugi.errors import ModelNotFound
+from kintsugi.registry import Registry
+from kintsugi.storage import LocalStore
+from kintsugi_serve.app import ReplicaBackend, build
+from kintsugi_serve.schemas import Args, Job, LoadedModel, Refusal
+
+CONFIG = Path(__file__).parents[2] / "serve" / "application.yaml"
+
+
+class FakeResponse:
+    def __init__(self, result: Any) -> None:
+        self.result = result
+        self.cancelled = False
+
+    def __await__(self) -> Any:
+        return self._wait().__await__()
+
+    async def _wait(self) -> Any:
+        if self.result is None:
+            await asyncio.Event().wait()
+        if isinstance(self.result, Exception):
+            raise self.result
+        return self.result
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class FakeHandle:
+    """A handle whose methods answer with one response."""
+
+    def __init__(self, result: Any) -> None:
+        self.response = FakeResponse(result)
+        self.restore = self.describe = self
+
+    def remote(self, *_: Any) -> FakeResponse:
+        return self.response
+
+
+def _refusal(result: Any) -> tuple[Refusal, FakeHandle]:
+    handle: Any = FakeHandle(result)
+    with pytest.raises(Refusal) as caught:
+        asyncio.run(ReplicaBackend(handle, 0.01).restore(Job(b"x")))
+    return caught.value, handle
+
+
+def _deployments(application: serve.Application) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    waiting = [application]
+    while waiting:
+        deployment = waiting.pop()._bound_deployment
+        found[deployment.name] = deployment
+        waiting += [argument for argument in deployment.init_args if isinstance(argument, serve.Application)]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (BackPressureError(num_queued_requests=9, max_queued_requests=8), "overloaded"),
+        (ActorDiedError(), "unavailable"),
+        (None, "timeout"),
+    ],
+)
+def test_what_ray_raises_is_a_503_with_retry_after(error: Exception | None, code: str) -> None:
+    refusal, _ = _refusal(error)
+    assert (refusal.code, refusal.status) == (code, 503)
+    assert refusal.retry_after_s
+
+
+def test_work_that_nobody_waits_for_is_cancelled() -> None:
+    _, handle = _refusal(None)
+    assert handle.response.cancelled
+
+
+def test_an_answer_of_a_replica_is_handed_on() -> None:
+    version = LoadedModel("unet", 1, "d")
+    handle: Any = FakeHandle(version)
+    assert asyncio.run(ReplicaBackend(handle, 1).describe()) == version
+
+
+def test_an_alias_is_pinned_when_the_application_is_built(store: LocalStore, tmp_path: Path, publish: Any) -> None:
+    publish(store, tmp_path / "a")
+    publish(store, tmp_path / "b", seed=1)
+    Registry(store).promote("unet@1", "production")
+    replica = _deployments(build(Args(store=str(store.root))))["Replica"]
+    assert replica.user_config == {"model": "unet@1"}
+
+
+def test_the_bounds_reach_ray(store: LocalStore, tmp_path: Path, publish: Any) -> None:
+    publish(store, tmp_path / "a")
+    args = Args(
+        store=str(store.root), model="unet", min_replicas=2, max_replicas=3, num_cpus=0.25, max_queued_requests=5
+    )
+    found = _deployments(build(args))
+    replica, ingress = found["Replica"], found["Ingress"]
+    scaling = replica._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas) == (2, 3)
+    assert replica.ray_actor_options["num_cpus"] == 0.25
+    assert replica.max_queued_requests == 5
+    assert replica.max_ongoing_requests >= args.max_batch_size
+    assert ingress.ray_actor_options["num_cpus"] == 0.1
+
+
+def test_ingress_and_replicas_fit_on_two_cores() -> None:
+    args = Args(store="/nowhere")
+    assert args.ingress_num_cpus + args.max_replicas * args.num_cpus < 2
+
+
+def test_a_model_that_does_not_exist_stops_the_build(store: LocalStore) -> None:
+    with pytest.raises(ModelNotFound):
+        build(Args(store=str(store.root), model="unet@production"))
+
+
+def test_the_config_file_is_one_that_serve_deploys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KINTSUGI_STORE", "s3://plant/kintsugi")
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(CONFIG.read_text()))
+    (application,) = schema.applications
+    assert application.import_path == "kintsugi_serve.app:build"
+    args = Args.model_validate(application.args)
+    assert args.model == "unet@production"
+    assert schema.http_options.host == "127.0.0.1"
+    assert (schema.http_options.request_timeout_s or 0) > args.timeout_s
+
+
+def test_the_config_file_says_the_defaults() -> None:
+    given = yaml.safe_load(CONFIG.read_text())["applications"][0]["args"]
+    assert Args.model_validate({"store": "/nowhere", **given}).model_dump() == Args(store="/nowhere").model_dump()
