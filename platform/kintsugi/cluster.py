@@ -6,8 +6,8 @@ import os
 from kintsugi.errors import StackError
 
 
-def connect() -> None:
-    """Join the cluster at RAY_ADDRESS, once a process.
+def connect(*, worker_output: bool = True) -> None:
+    """Join the cluster at RAY_ADDRESS, once a process; `worker_output` shows here what workers write.
 
     Raises:
         StackError: no address is set, or nothing answers there.
@@ -19,6 +19,8 @@ def connect() -> None:
     import ray
 
     try:
-        ray.init(address=address, ignore_reinit_error=True, logging_level=logging.ERROR)
+        ray.init(address=address, ignore_reinit_error=True, logging_level=logging.ERROR, log_to_driver=worker_output)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise StackError(f"no Ray cluster answers at {address} ({error}): run 'kintsugi status'") from error
+        raise StackError(
+            f"no Ray cluster answers at {address}, or it refuses the token ({error}): run 'kintsugi status'"
+        ) from error

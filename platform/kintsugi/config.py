@@ -110,6 +110,13 @@ class PerceptualConfig(Section):
     weights: str = Field(default="imagenet", description="imagenet, random, or the path of a state dict")
     seed: int = Field(default=0, description="of the random weights")
 
+    @model_validator(mode="after")
+    def _layers_exist(self) -> Self:
+        last = {"vgg11": 20, "vgg16": 30, "vgg19": 36}[self.network]
+        if not self.layers or min(self.layers) < 0 or max(self.layers) > last:
+            raise ValueError(f"layers must lie in 0..{last} for {self.network} (got {self.layers})")
+        return self
+
 
 class LossConfig(Section):
     weights: LossWeights = LossWeights()

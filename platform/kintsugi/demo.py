@@ -89,13 +89,8 @@ def _walk(home: Path, output: Path) -> Outcome:
     trained = step("Train on two workers (DDP)", "train", str(CONFIG), "--name", NAME, "--json")
     tuned = step(
         "Search loss weights, dropout and attention",
-        "tune",
-        str(SPACE),
-        "--config",
-        str(CONFIG),
-        "--name",
-        NAME,
-        "--json",
+        *("tune", str(SPACE), "--config", str(CONFIG), "--name", NAME),
+        *("--set", "train.steps_per_epoch=20", "--json"),
     )
     models = sorted([trained, tuned], key=lambda model: -model["score"])
     step("The best by validation score goes into production", "models", "promote", models[0]["model"])

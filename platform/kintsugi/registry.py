@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, computed_field
 
 from kintsugi.checkpoint import CARD, CONFIG, METRICS, WEIGHTS, load_checkpoint
 from kintsugi.errors import ConfigError, IntegrityError, ModelNotFound, ObjectNotFound, PreconditionFailed
@@ -34,6 +34,7 @@ class ModelVersion(BaseModel):
     dataset_digest: str
     scores: dict[str, float]
 
+    @computed_field
     @property
     def ref(self) -> str:
         return f"{self.name}@{self.number}"

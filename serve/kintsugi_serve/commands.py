@@ -3,7 +3,6 @@
 import importlib
 import json
 import logging
-import os
 import socket
 import sys
 import time
@@ -12,7 +11,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from kintsugi import local
+from kintsugi import cluster, local
 from kintsugi.errors import ConfigError, ModelNotFound, StackError
 from kintsugi.storage import open_store, store_uri_from_environment
 
@@ -122,15 +121,7 @@ def _start(args: dict[str, Any], host: str, port: int) -> None:
 
 
 def _connect() -> None:
-    import ray
-
-    if not os.environ.get("RAY_ADDRESS"):
-        raise StackError("no cluster is known: run 'kintsugi up', or set RAY_ADDRESS")
-    try:
-        ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError as error:
-        address = os.environ["RAY_ADDRESS"]
-        raise StackError(f"the cluster at {address} does not answer or refuses the token: run 'kintsugi up'") from error
+    cluster.connect(worker_output=False)
     # Importing ray.serve sets its logger's level, so the level is set after that.
     importlib.import_module("ray.serve")
     logging.getLogger("ray.serve").setLevel(logging.ERROR)

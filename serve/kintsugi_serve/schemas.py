@@ -77,7 +77,7 @@ class Settings(BaseModel):
     max_pixels: int = Field(default=MAX_PIXELS, ge=1)
     timeout_s: float = Field(default=60, gt=0, description="until the ingress gives up on a replica")
     max_batch_size: int = Field(default=8, ge=1)
-    batch_wait_s: float = Field(default=0.01, ge=0)
+    batch_wait_s: float = Field(default=0.0, ge=0)
     threads: int = Field(default=1, ge=1, description="torch threads of a replica")
     device: str = Field(default="cpu", description="where the model runs: cpu or cuda")
 

@@ -20,7 +20,7 @@ import pytest
 import yaml
 from kintsugi.data.synthetic import write_synthetic
 
-from kintsugi import imaging
+from kintsugi import imaging, local
 from kintsugi.storage import S3Store
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -84,18 +84,15 @@ def addresses(machine: Machine) -> dict[str, str]:
     return {row["name"]: row["address"] for row in machine.ask("status")}
 
 
-@pytest.fixture(scope="module")
-def store(machine: Machine) -> Generator[S3Store]:
+@pytest.fixture
+def store(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> S3Store:
     """The stack's store, with its credentials in this process's environment."""
-    from kintsugi import local
-
     home = Path(machine.environment["KINTSUGI_HOME"])
     stack = local.find(home)
     assert stack is not None
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in local.environment(stack, home).items():
-            patch.setenv(name, value)
-        yield S3Store(os.environ["KINTSUGI_STORE"])
+    for name, value in local.environment(stack, home).items():
+        monkeypatch.setenv(name, value)
+    return S3Store(stack.store_uri)
 
 
 @pytest.fixture(scope="module")
@@ -135,17 +132,18 @@ def test_training_on_two_workers_publishes_a_model_with_its_origin(
 def test_a_run_whose_driver_was_killed_continues_under_its_name(
     machine: Machine, store: S3Store, trained: dict[str, Any]
 ) -> None:
-    command = machine.train("--run", "killed", "--set", "train.epochs=4")
+    command = machine.train("--run", "killed", "--set", "train.epochs=5")
     process = machine.start(*command)
     deadline = time.monotonic() + 240
-    while not any(info.key.endswith("manifest.json") for info in store.list("runs/killed/")):
+    # Once the second checkpoint is there, Ray has noted the first as one to resume from.
+    while sum(info.key.endswith("manifest.json") for info in store.list("runs/killed/")) < 2:
         assert process.poll() is None and time.monotonic() < deadline, "no checkpoint came"
         time.sleep(0.2)  # polls the store
     process.send_signal(signal.SIGKILL)
     process.communicate()
     again = machine.run(*command, "--json")
     epochs = [line.split("epoch")[1].split("/")[0].strip() for line in again.stderr.splitlines() if " epoch " in line]
-    assert epochs and "1" not in epochs and epochs[-1] == "4"
+    assert epochs and "1" not in epochs and epochs[-1] == "5"
 
 
 def test_a_search_publishes_its_winner_and_leaves_curves(

@@ -4,8 +4,10 @@ All that is random follows from (seed, epoch, sample id): a run that is resumed,
 number of workers, sees the same crops in the same global batches.
 """
 
+import multiprocessing
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
 from typing import NamedTuple, TypeVar
 
 import cv2
@@ -121,6 +123,7 @@ def build_train_loader(
         sampler=_Keys([(epoch, index, again) for index, again in items]),
         num_workers=data.loader_processes,
         worker_init_fn=_one_thread if data.loader_processes else None,
+        multiprocessing_context=_fork_server() if data.loader_processes else None,
         pin_memory=train.gpu and torch.cuda.is_available(),
     )
 
@@ -211,6 +214,16 @@ class _Keys(Sampler[tuple[int, int, int]]):
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
         return iter(self._keys)
+
+
+def _fork_server() -> BaseContext:
+    """A context whose workers are forked from a fresh process.
+
+    Forked from a process that has trained already, they wait for ever on a lock that one of torch's threads held.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def _one_thread(_: int) -> None:

@@ -1,14 +1,23 @@
 """Convolution blocks of the UNet."""
 
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from kintsugi.models.attention import ChannelAttention
 
 
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of each pixel of an (N, C, H, W) batch.
+
+    timm's is the same, and importing timm costs every process of a cluster several seconds.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 class ConvBlock(nn.Sequential):
-    """Two 3x3 convolutions, each with a per-pixel LayerNorm and ReLU, then channel attention and dropout.
+    """Two 3x3 convolutions, each with LayerNorm and ReLU, then channel attention and dropout.
 
     LayerNorm instead of BatchNorm: its statistics depend neither on the batch nor on the number of workers.
     """

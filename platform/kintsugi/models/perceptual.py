@@ -6,10 +6,8 @@ from typing import cast
 from urllib.error import URLError
 
 import torch
-import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision.models import VGG
 
 from kintsugi.config import PerceptualConfig
 from kintsugi.errors import ConfigError
@@ -30,10 +28,6 @@ class PerceptualDistance(nn.Module):
     def __init__(self, config: PerceptualConfig) -> None:
         super().__init__()
         layers = _load_features(config)
-        if not config.layers or max(config.layers) >= len(layers) or min(config.layers) < 0:
-            raise ConfigError(
-                f"loss.perceptual.layers must lie in 0..{len(layers) - 1} for {config.network} (got {config.layers})"
-            )
         self.chosen = frozenset(config.layers)
         # ReLU in place would overwrite the features that are compared.
         self.layers = nn.Sequential(
@@ -60,7 +54,10 @@ class PerceptualDistance(nn.Module):
 
 
 def _load_features(config: PerceptualConfig) -> nn.Sequential:
-    build: Callable[..., VGG] = getattr(torchvision.models, config.network)
+    # Here, not above: torchvision takes seconds to import, and only training needs it.
+    import torchvision
+
+    build: Callable[..., torchvision.models.VGG] = getattr(torchvision.models, config.network)
     if config.weights == "imagenet":
         try:
             return cast(nn.Sequential, build(weights="IMAGENET1K_V1").features)

@@ -1,5 +1,6 @@
 """Ray Train around the loop: DDP workers, checkpoints and curves in the store, resumption by run name."""
 
+import logging
 import sys
 import tempfile
 import time
@@ -81,6 +82,8 @@ def _scaling(config: ExperimentConfig) -> ScalingConfig:
 
 
 def _worker_loop(payload: dict[str, Any]) -> None:
+    # At INFO botocore tells where it found credentials and Ray Train every metric once more: not for the driver.
+    logging.getLogger().setLevel(logging.WARNING)
     config = parse_config(payload["config"])
     store = open_store(payload["store"])
     torch.set_num_threads(config.train.threads)
@@ -150,7 +153,8 @@ def _perceptual(config: ExperimentConfig) -> PerceptualDistance | None:
 
 def check_perceptual(config: ExperimentConfig) -> None:
     """Load the feature network once before anything starts, so that missing weights are told at once."""
-    _perceptual(config)
+    if config.loss.perceptual.weights != "random":
+        _perceptual(config)
 
 
 def _told(error: Exception, run: str) -> KintsugiError:

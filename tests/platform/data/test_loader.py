@@ -241,7 +241,7 @@ def test_two_workers_together_see_what_one_sees(reader: SplitReader) -> None:
         assert torch.equal(whole.degraded, interleaved)
 
 
-def test_decoding_processes_change_nothing(reader: SplitReader) -> None:
+def test_decoding_processes_change_nothing_and_start_after_the_parent_has_computed(reader: SplitReader) -> None:
     plain = list(build_train_loader(reader, config_with(), epoch=0, rank=0, world=1))
     config = config_with(data={"loader_processes": 2})
     assert all(map(equal, plain, build_train_loader(reader, config, epoch=0, rank=0, world=1)))

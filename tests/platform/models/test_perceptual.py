@@ -56,5 +56,5 @@ def test_missing_imagenet_weights_name_the_remedy(monkeypatch: pytest.MonkeyPatc
 
 
 def test_layers_beyond_the_network_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"0\.\.20"):
-        PerceptualDistance(PerceptualConfig(**{**RANDOM, "layers": (99,)}))
+    with pytest.raises(ValueError, match=r"0\.\.20"):
+        PerceptualConfig(**{**RANDOM, "layers": (99,)})
