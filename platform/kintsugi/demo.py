@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kintsugi import local
+from kintsugi.demo_report import FIGURES, Outcome, write_report
 from kintsugi.errors import KintsugiError, StackError, TrainingError
 from kintsugi.storage import open_store, store_uri_from_environment
 
@@ -50,25 +50,6 @@ def demo(
             _run("down")
     _show(outcome, output, time.monotonic() - started, keep)
     _check(outcome)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What the demo found: one row of figures for each held-out image, the models, the addresses."""
-
-    images: list[dict[str, Any]]
-    models: list[dict[str, Any]]
-    promoted: str
-    through_s3: int
-    addresses: list[dict[str, str]]
-    steps: list[tuple[str, float]]
-
-    def mean(self, figure: str, side: str) -> float:
-        values = [image[side][figure] for image in self.images if figure in image[side]]
-        return sum(values) / len(values)
-
-    def gain(self, figure: str) -> float:
-        return self.mean(figure, "restored") - self.mean(figure, "degraded")
 
 
 def _walk(home: Path, output: Path) -> Outcome:
@@ -209,20 +190,10 @@ def _taken(port: int) -> bool:
 
 
 def _show(outcome: Outcome, output: Path, seconds: float, keep: bool) -> None:
-    from kintsugi.demo_report import write_report
-
     table = Table("", "degraded", "restored", "gain", title=f"\n{len(outcome.images)} held-out images", box=None)
-    for figure, title, unit in (
-        ("psnr", "PSNR", " dB"),
-        ("ssim", "SSIM", ""),
-        ("defect_psnr", "masked defect PSNR", " dB"),
-        ("defect_ssim", "masked defect SSIM", ""),
-    ):
-        digits = 2 if unit else 3
+    for figure, (title, digits) in FIGURES.items():
         before, after = outcome.mean(figure, "degraded"), outcome.mean(figure, "restored")
-        table.add_row(
-            title, f"{before:.{digits}f}{unit}", f"{after:.{digits}f}{unit}", f"{after - before:+.{digits}f}{unit}"
-        )
+        table.add_row(title, f"{before:.{digits}f}", f"{after:.{digits}f}", f"{after - before:+.{digits}f}")
     _console.print(table)
     for row in outcome.addresses:
         _console.print(f"{row['name']:12} {row['address']}", markup=False)

@@ -2,13 +2,11 @@
 
 import base64
 import html
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kintsugi.storage import write_atomically
-
-if TYPE_CHECKING:
-    from kintsugi.demo import Outcome
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #888; }
@@ -22,15 +20,37 @@ img { width: 100%; background: #fff; border-radius: 6px; }
 details { margin-top: 1rem; } code { font-size: .9em; }
 """
 
-_FIGURES = {
+FIGURES = {
     "psnr": ("PSNR, dB", 2),
     "ssim": ("SSIM", 3),
     "defect_psnr": ("masked defect PSNR, dB", 2),
     "defect_ssim": ("masked defect SSIM", 3),
+    "aligned_psnr": ("PSNR after one intensity fit, dB", 2),
+    "aligned_defect_psnr": ("masked defect PSNR after one intensity fit, dB", 2),
 }
+"""Figure -> (title, digits). The fitted ones show what is left of a gain once brightness is no part of it."""
 
 
-def write_report(outcome: "Outcome", path: Path, picture: Path, seconds: float) -> Path:
+@dataclass(frozen=True)
+class Outcome:
+    """What the demo found: one row of figures for each held-out image, the models, the addresses."""
+
+    images: list[dict[str, Any]]
+    models: list[dict[str, Any]]
+    promoted: str
+    through_s3: int
+    addresses: list[dict[str, str]]
+    steps: list[tuple[str, float]]
+
+    def mean(self, figure: str, side: str) -> float:
+        values = [image[side][figure] for image in self.images if figure in image[side]]
+        return sum(values) / len(values)
+
+    def gain(self, figure: str) -> float:
+        return self.mean(figure, "restored") - self.mean(figure, "degraded")
+
+
+def write_report(outcome: Outcome, path: Path, picture: Path, seconds: float) -> Path:
     """Write the report with the picture inside."""
     image = base64.b64encode(picture.read_bytes()).decode()
     body = f"""<!doctype html>
@@ -54,15 +74,15 @@ after one global intensity fit, in dB.</p>
     return path
 
 
-def _summary(outcome: "Outcome") -> str:
+def _summary(outcome: Outcome) -> str:
     rows: list[tuple[str, ...]] = []
-    for figure, (title, digits) in _FIGURES.items():
+    for figure, (title, digits) in FIGURES.items():
         before, after = outcome.mean(figure, "degraded"), outcome.mean(figure, "restored")
         rows.append((title, f"{before:.{digits}f}", f"{after:.{digits}f}", f"{after - before:+.{digits}f}"))
     return _table(("mean over images", "degraded", "restored", "gain"), rows)
 
 
-def _models(outcome: "Outcome") -> str:
+def _models(outcome: Outcome) -> str:
     rows: list[tuple[str, ...]] = []
     for model in outcome.models:
         kind = f"search of {len(model['trials'])} trials" if "trials" in model else "training"
@@ -71,17 +91,17 @@ def _models(outcome: "Outcome") -> str:
     return _table(("model", "from", "score", ""), rows)
 
 
-def _images(outcome: "Outcome") -> str:
+def _images(outcome: Outcome) -> str:
     rows = [
         (
             image["sample"],
             image["defect"],
-            *(_pair(image, figure, digits) for figure, (_, digits) in _FIGURES.items()),
+            *(_pair(image, figure, digits) for figure, (_, digits) in FIGURES.items()),
             f"{image['retention']:.2f}",
         )
         for image in outcome.images
     ]
-    return _table(("image", "defect", *(title for title, _ in _FIGURES.values()), "retention"), rows)
+    return _table(("image", "defect", *(title for title, _ in FIGURES.values()), "retention"), rows)
 
 
 def _pair(image: dict[str, Any], figure: str, digits: int) -> str:

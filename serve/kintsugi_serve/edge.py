@@ -164,7 +164,8 @@ def key_is_known(headers: Mapping[str, str], hashes: tuple[str, ...]) -> bool:
     if not hashes:
         return True
     digest = hashlib.sha256(_given_key(headers).encode()).hexdigest()
-    return any([hmac.compare_digest(digest, known) for known in hashes])
+    # A list, not a generator: every key is compared, so that the time tells nothing.
+    return any([hmac.compare_digest(digest, known) for known in hashes])  # noqa: C419
 
 
 def _given_key(headers: Mapping[str, str]) -> str:

@@ -18,9 +18,9 @@ import httpx2 as httpx
 import numpy as np
 import pytest
 import yaml
-from kintsugi.data.synthetic import write_synthetic
 
 from kintsugi import imaging, local
+from kintsugi.data.synthetic import write_synthetic
 from kintsugi.storage import S3Store
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]

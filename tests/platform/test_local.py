@@ -124,7 +124,7 @@ def test_a_stack_comes_up_serves_and_leaves_nothing_behind(home: Path, tmp_path:
     assert run(WRITE_CURVE, variables, str(tmp_path / "curve")).returncode == 0
     assert processes.wait_until(lambda: json.loads(get(f"{stack.tensorboard}/data/runs")[1]) == ["one"], 60)
 
-    with pytest.raises(StackError, match="already running.*'kintsugi down' stops it"):
+    with pytest.raises(StackError, match=r"already running.*'kintsugi down' stops it"):
         local.up(home, FREE)
     assert {state for _, state, _ in local.status(home)[:4]} == {"running"}
 

@@ -33,7 +33,8 @@ def test_an_outline_runs_around_the_mask_and_leaves_the_defect_as_it_was() -> No
     mask[20:30, 25:40] = True
     drawn = overlay(image, mask)
     changed = (drawn != as_rgb(image)).any(axis=2)
-    assert changed.any() and not changed[19:31, 24:41].any()
+    assert not changed[mask].any(), "the defect is drawn upon"
+    assert not changed[19, 25:40].any() and changed[18, 25:40].all(), "one pixel stays free beside the defect"
     rows, columns = np.nonzero(changed)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (18, 31, 23, 41)
 

@@ -12,7 +12,7 @@ class LayerNorm2d(nn.LayerNorm):
     timm's is the same, and importing timm costs every process of a cluster several seconds.
     """
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor) -> Tensor:
         return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 

@@ -15,7 +15,7 @@ def _picture(seed: int, *, size: tuple[int, int] = SIZE, bits: int = 8, colour: 
     level = 2**bits - 1
     shape = (*size, 3) if colour else size
     pixels = np.random.default_rng(seed).integers(0, level, shape, endpoint=True)
-    return Image(pixels.astype(np.uint8 if bits == 8 else np.uint16), "png", level)
+    return Image(pixels.astype(np.uint8) if bits == 8 else pixels.astype(np.uint16), "png", level)
 
 
 def _spot(size: tuple[int, int] = SIZE) -> np.ndarray:

@@ -138,7 +138,14 @@ def test_the_order_in_which_presets_are_written_does_not_matter() -> None:
 
 
 def test_a_generator_depends_on_each_part_of_its_key_and_on_nothing_else() -> None:
-    keys = [(0, "a", "b"), (0, "ab"), (0, "a", "b", 1), (1, "a", "b"), (0, 1), (0, "1")]
+    keys: list[tuple[int, *tuple[str | int, ...]]] = [
+        (0, "a", "b"),
+        (0, "ab"),
+        (0, "a", "b", 1),
+        (1, "a", "b"),
+        (0, 1),
+        (0, "1"),
+    ]
     assert len({generator_for(*key).integers(2**62) for key in keys}) == len(keys)
     here = int(generator_for(7, 3, "tile").integers(2**62))
     code = "from kintsugi.data.degradation import generator_for; print(generator_for(7, 3, 'tile').integers(2**62))"
