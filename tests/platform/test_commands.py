@@ -1,0 +1,120 @@
+"""The commands through the command line, on a store in a folder; what needs a cluster is tested in tests/e2e."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kintsugi import cli, imaging
+from kintsugi.checkpoint import save_checkpoint
+from kintsugi.config import ExperimentConfig, with_values
+from kintsugi.models import build_model
+from kintsugi.registry import Registry
+from kintsugi.storage import LocalStore
+
+
+@pytest.fixture
+def store(tiny_store: LocalStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalStore:
+    monkeypatch.setenv("KINTSUGI_STORE", tiny_store.uri)
+    monkeypatch.setenv("KINTSUGI_HOME", str(tmp_path / "home"))
+    return tiny_store
+
+
+@pytest.fixture
+def model(store: LocalStore, tiny_config: ExperimentConfig, tmp_path: Path) -> str:
+    config = with_values(tiny_config, {"data.dataset": "tiny"})
+    save_checkpoint(tmp_path / "checkpoint", build_model(config.model), config, {"score": 1.0}, {"dataset_digest": "d"})
+    return Registry(store).publish("unet", tmp_path / "checkpoint", b"{}").ref
+
+
+def run(*words: str) -> int:
+    try:
+        return cli.main(list(words))
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def test_restore_writes_the_same_kind_of_file_and_never_replaces_one_unasked(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = tmp_path / "in.tiff", tmp_path / "out.tiff"
+    pixels = (np.random.default_rng(0).random((40, 30)) * 4095).astype(np.uint16)
+    source.write_bytes(imaging.encode(imaging.Image(pixels, "tiff", 65535)))
+    assert run("restore", model, str(source), str(target), "--white-level", "4095", "--json") == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["model"] == model and 0 <= report["retention"] <= 1
+    back = imaging.decode(target.read_bytes())
+    assert (back.format, back.size, back.bit_depth) == ("tiff", (40, 30), 16)
+    assert run("restore", model, str(source), str(target)) == 1
+    assert "--force" in capsys.readouterr().err
+    assert run("restore", model, str(source), str(target), "--force") == 0
+
+
+def test_a_white_level_below_the_image_is_told(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "in.png"
+    source.write_bytes(imaging.encode(imaging.Image(np.full((8, 8), 5000, np.uint16), "png", 65535)))
+    assert run("restore", model, str(source), str(tmp_path / "out.png"), "--white-level", "4095") == 1
+    assert "5000" in capsys.readouterr().err
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_models_are_promoted_listed_and_shown(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("models", "promote", model) == 0
+    assert run("models", "list", "--json") == 0
+    listed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert model in [version["ref"] for version in listed]
+    assert run("models", "show", "unet@production", "--json") == 0
+    shown = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert shown["aliases"]["production"][-1]["action"] == "promote"
+
+
+def test_evaluate_prints_a_scorecard_and_writes_what_was_asked_for(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = ("--output", str(tmp_path / "card.json"), "--picture", str(tmp_path / "worst.png"))
+    assert run("evaluate", model, "--split", "test", *files) == 0
+    assert "score +0.00 dB" in capsys.readouterr().out
+    assert json.loads((tmp_path / "card.json").read_text())["split"] == "test"
+    assert (tmp_path / "worst.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("evaluate", "nothing"), "there is no model 'nothing'"),
+        (("evaluate", "nothing", "--split", "half"), "nothing"),
+        (("train", "no-such.yaml"), "no-such.yaml"),
+        (("data", "inspect", "nothing"), "tiny@"),
+        (("data", "build", "odd", ".", "--name", "x"), "odd"),
+    ],
+)
+def test_what_cannot_work_ends_with_one_sentence_and_exit_1(
+    store: LocalStore, words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*words) == 1
+    told = capsys.readouterr().err
+    assert said in told and "Traceback" not in told
+
+
+def test_without_any_store_the_way_to_one_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KINTSUGI_HOME", str(tmp_path))
+    assert run("models", "list") == 1
+    assert "kintsugi up" in capsys.readouterr().err
+
+
+def test_every_command_in_the_readme_exists_with_its_options(
+    repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = re.findall(r"^kintsugi .*$", (repository / "README.md").read_text(), re.MULTILINE)
+    assert len(lines) >= 8
+    for line in lines:
+        words = shlex.split(line, comments=True)[1:]
+        name = next(name for name in (" ".join(words[:2]), words[0]) if name in cli.COMMANDS)
+        assert run(*name.split(), "--help") == 0
+        told = capsys.readouterr().out
+        assert all(word in told for word in words if word.startswith("--")), line
