@@ -6,7 +6,6 @@ Every step is a `kintsugi` command of its own process; the demo only chooses por
 import json
 import os
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kintsugi import local
+from kintsugi import local, processes
 from kintsugi.demo_report import FIGURES, Outcome, write_report
 from kintsugi.errors import KintsugiError, StackError, TrainingError
 from kintsugi.storage import open_store, store_uri_from_environment
@@ -176,17 +175,7 @@ def _run(*command: str, title: str = "", quiet: bool = False) -> Any:
 def _free_ports() -> Sequence[str]:
     """The usual ports where they are free; any other where they are taken."""
     usual = {"s3": 8333, "dashboard": 8265, "tensorboard": 6006, "ray": 6379, "endpoint": 8000}
-    return [part for name, port in usual.items() if _taken(port) for part in (f"--{name}-port", "0")]
-
-
-def _taken(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return True
-    return False
+    return [part for name, port in usual.items() if not processes.is_free(port) for part in (f"--{name}-port", "0")]
 
 
 def _show(outcome: Outcome, output: Path, seconds: float, keep: bool) -> None:

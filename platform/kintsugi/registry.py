@@ -4,7 +4,6 @@ models/<name>/versions/<n>/{weights.safetensors, config.yaml, card.json, metrics
 models/<name>/aliases/<alias>.json
 """
 
-import os
 import re
 import shutil
 import tempfile
@@ -17,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, computed
 from kintsugi.checkpoint import CARD, CONFIG, METRICS, WEIGHTS, load_checkpoint
 from kintsugi.errors import ConfigError, IntegrityError, ModelNotFound, ObjectNotFound, PreconditionFailed
 from kintsugi.manifest import MANIFEST, get_folder, make_manifest, put_folder, read_manifest
-from kintsugi.storage import ObjectStore
+from kintsugi.storage import ObjectStore, cache_folder
 
 SCORECARD = "scorecard.json"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -182,10 +181,9 @@ class Registry:
     def fetch(self, version: ModelVersion, cache: Path | None = None) -> Path:
         """A verified local folder for `Restorer.from_checkpoint`; fetched once for each digest.
 
-        `cache` defaults to KINTSUGI_CACHE, else ~/.cache/kintsugi.
+        `cache` defaults to `storage.cache_folder()`.
         """
-        root = cache or Path(os.environ.get("KINTSUGI_CACHE", "~/.cache/kintsugi")).expanduser()
-        folder = root / "models" / version.digest
+        folder = (cache or cache_folder()) / "models" / version.digest
         if _is_whole(folder, version.digest):
             return folder
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -252,6 +252,11 @@ def open_store(uri: str) -> ObjectStore:
     return LocalStore(Path(uri))
 
 
+def cache_folder() -> Path:
+    """Where verified copies of the store's objects are kept: `KINTSUGI_CACHE`, else ~/.cache/kintsugi."""
+    return Path(os.environ.get("KINTSUGI_CACHE") or Path.home() / ".cache" / "kintsugi")
+
+
 def store_uri_from_environment() -> str:
     """The root URI that `KINTSUGI_STORE` names.
 

@@ -30,7 +30,7 @@ from kintsugi.data.shards import IMAGES, TEXT, ShardWriters, as_row, fetch_shard
 from kintsugi.errors import DataError, IntegrityError
 from kintsugi.manifest import MANIFEST, Manifest, make_manifest, put_folder, read_manifest
 from kintsugi.pictures import overlay, picture_grid
-from kintsugi.storage import ObjectStore, checked_key, sha256
+from kintsugi.storage import ObjectStore, cache_folder, checked_key, sha256
 
 ROOT = "datasets"
 REPORT = "report.json"
@@ -148,7 +148,7 @@ def inspect_dataset(store: ObjectStore, ref: str) -> DatasetSummary:
 def open_split(store: ObjectStore, ref: str, split: Split, cache: Path | None = None) -> "SplitReader":
     """Fetch one split into the local cache, unless it is there, and map it into memory.
 
-    `cache` defaults to `KINTSUGI_CACHE`, else `~/.cache/kintsugi`. Processes may do this at the same time.
+    `cache` defaults to `storage.cache_folder()`. Processes may do this at the same time.
 
     Raises:
         DataError: no such dataset, or it has no images in that split.
@@ -159,7 +159,7 @@ def open_split(store: ObjectStore, ref: str, split: Split, cache: Path | None = 
     if not shards:
         raise DataError(f"dataset '{ref}' has no {split} images: build it with more parts or other fractions")
     digest = prefix.rpartition("/")[2]
-    folder = (cache or _default_cache()) / ROOT / checked_key(digest)
+    folder = (cache or cache_folder()) / ROOT / checked_key(digest)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{split}.arrow"
     with _locked(folder / f".{split}.lock"):
@@ -365,10 +365,6 @@ def _ref(name: str, digest: str) -> str:
 
 def _published(store: ObjectStore, prefix: str) -> list[str]:
     return [info.key.removesuffix(f"/{MANIFEST}") for info in store.list(prefix) if info.key.endswith(f"/{MANIFEST}")]
-
-
-def _default_cache() -> Path:
-    return Path(os.environ.get("KINTSUGI_CACHE") or Path.home() / ".cache" / "kintsugi")
 
 
 @contextlib.contextmanager
