@@ -1,5 +1,6 @@
 import json
 import re
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,12 @@ from kintsugi.storage import MemoryStore, ObjectStore
 Pairs = Callable[..., Path]
 Write = Callable[[str, Image | np.ndarray | bytes], None]
 Picture = Callable[..., Image]
+
+
+@pytest.fixture(autouse=True)
+def _private_temporary_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list of bad pairs outlives a refused build on purpose; here it goes with the test."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
 
 
 @pytest.fixture
@@ -143,9 +150,7 @@ def test_more_than_one_in_a_hundred_bad_pairs_publishes_nothing_and_lists_them(
     assert not list(store.list())
     found = re.search(r"listed in (\S+\.json)", str(caught.value))
     assert found is not None
-    listed = Path(found.group(1))
-    assert json.loads(listed.read_text())["bad"][0]["name"] == "p07-0"
-    listed.unlink()
+    assert json.loads(Path(found.group(1)).read_text())["bad"][0]["name"] == "p07-0"
 
 
 def test_a_folder_without_a_good_image_is_refused(store: MemoryStore, write: Write, tmp_path: Path) -> None:
