@@ -256,15 +256,12 @@ def sample_of(clean: Image, degraded: Image | None = None, name: str = "a") -> S
     return Sample(name, name, "steel", "good", clean, np.zeros(clean.size, np.bool_), degraded)
 
 
-def _evaluate(pixels: np.ndarray) -> np.ndarray:
-    return evaluation_pair(sample_of(Image(pixels)), config_with())[0].pixels
-
-
 def test_an_image_is_evaluated_on_the_same_pixels_in_every_run_and_process(picture: Picture) -> None:
     clean = picture(1)
-    here = _evaluate(clean.pixels)
+    here = evaluation_pair(sample_of(clean), config_with())[0].pixels
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert np.array_equal(pool.apply(_evaluate, (clean.pixels,)), here)
+        there, _, _ = pool.apply(evaluation_pair, (sample_of(clean), config_with()))
+    assert np.array_equal(there.pixels, here)
     reseeded = config_with(train={"seed": 9, "workers": 2})
     assert np.array_equal(evaluation_pair(sample_of(clean), reseeded)[0].pixels, here)
     assert not np.array_equal(evaluation_pair(sample_of(clean, name="b"), config_with())[0].pixels, here)
