@@ -114,14 +114,30 @@ def fetch_best(store: ObjectStore, run: str, folder: Path) -> Checkpoint:
     Raises:
         TrainingError: the run has no whole checkpoint.
     """
-    prefix = f"runs/{run}/"
-    keys = [info.key for info in store.list(prefix)]
+    if _fetch_first(store, run, folder, "score") is None:
+        raise TrainingError(f"run {run} has no whole checkpoint under {store.uri}/runs/{run}/: start it again")
+    return load_checkpoint(folder)
+
+
+def fetch_newest(store: ObjectStore, run: str, folder: Path) -> str | None:
+    """Download the run's whole checkpoint with the highest `epoch`.
+
+    Returns:
+        Its prefix in the store; None where the run has no whole checkpoint yet.
+    """
+    return _fetch_first(store, run, folder, "epoch")
+
+
+def _fetch_first(store: ObjectStore, run: str, folder: Path, metric: str) -> str | None:
+    keys = [info.key for info in store.list(f"runs/{run}/")]
     found = [key.removesuffix(f"/{MANIFEST}") for key in keys if key.endswith(f"/{MANIFEST}")]
-    scored = [(json.loads(store.get(f"{key}/{METRICS}"))["score"], key) for key in found if f"{key}/{METRICS}" in keys]
-    for _, key in sorted(scored, reverse=True):
+    ranked = [(json.loads(store.get(f"{key}/{METRICS}"))[metric], key) for key in found if f"{key}/{METRICS}" in keys]
+    for _, key in sorted(ranked, reverse=True):
         try:
             get_folder(store, key, folder)
-            return load_checkpoint(folder)
+            load_checkpoint(folder)
         except IntegrityError as error:
-            _log.warning("%s: trying the next best checkpoint", error)
-    raise TrainingError(f"run {run} has no whole checkpoint under {store.uri}/{prefix}: start it again")
+            _log.warning("%s: trying the next checkpoint", error)
+        else:
+            return key
+    return None

@@ -135,7 +135,7 @@ def test_a_run_whose_driver_was_killed_continues_under_its_name(
     command = machine.train("--run", "killed", "--set", "train.epochs=5")
     process = machine.start(*command)
     deadline = time.monotonic() + 240
-    # Once the second checkpoint is there, Ray has noted the first as one to resume from.
+    # Once the second checkpoint is under way, the first is whole, whether or not Ray has noted it by now.
     while sum(info.key.endswith("manifest.json") for info in store.list("runs/killed/")) < 2:
         assert process.poll() is None and time.monotonic() < deadline, "no checkpoint came"
         time.sleep(0.2)  # polls the store

@@ -4,7 +4,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from kintsugi.checkpoint import fetch_best, load_checkpoint, load_model, load_train_state, save_checkpoint
+from kintsugi.checkpoint import (
+    fetch_best,
+    fetch_newest,
+    load_checkpoint,
+    load_model,
+    load_train_state,
+    save_checkpoint,
+)
 from kintsugi.config import ExperimentConfig
 from kintsugi.errors import IntegrityError, TrainingError
 from kintsugi.manifest import make_manifest, put_folder
@@ -12,10 +19,10 @@ from kintsugi.models import RestorationUNet, build_model
 from kintsugi.storage import MemoryStore
 
 
-def saved(folder: Path, config: ExperimentConfig, score: float = 1.5, seed: int = 0) -> RestorationUNet:
+def saved(folder: Path, config: ExperimentConfig, score: float = 1.5, seed: int = 0, **more: float) -> RestorationUNet:
     torch.manual_seed(seed)
     model = build_model(config.model)
-    save_checkpoint(folder, model, config, {"score": score}, {"dataset_digest": "d"}, {"epoch": 3, "t": torch.ones(2)})
+    save_checkpoint(folder, model, config, {"score": score, **more}, {"dataset_digest": "d"}, {"epoch": 3, "t": torch.ones(2)})
     return model
 
 
@@ -58,6 +65,20 @@ def test_fetch_best_takes_the_highest_score_and_falls_back_when_it_is_damaged(
     assert fetch_best(store, "r", tmp_path / "best").metrics["score"] == 3.0
     store.put("runs/r/checkpoint_1/weights.safetensors", b"torn")
     assert fetch_best(store, "r", tmp_path / "next").metrics["score"] == 2.0
+
+
+def test_fetch_newest_takes_the_last_epoch_that_is_whole(tmp_path: Path, tiny_config: ExperimentConfig) -> None:
+    store = MemoryStore()
+    assert fetch_newest(store, "r", tmp_path / "none") is None
+    for epoch in (9, 10, 11):
+        folder = tmp_path / str(epoch)
+        saved(folder, tiny_config, score=-epoch, seed=epoch, epoch=epoch)
+        put_folder(store, f"runs/r/checkpoint_{epoch}", folder, make_manifest(folder, "checkpoint"))
+    assert fetch_newest(store, "r", tmp_path / "a") == "runs/r/checkpoint_11"
+    # A worker that died while it uploaded: the manifest came, the weights did not.
+    store.delete("runs/r/checkpoint_11/weights.safetensors")
+    assert fetch_newest(store, "r", tmp_path / "b") == "runs/r/checkpoint_10"
+    assert load_checkpoint(tmp_path / "b").metrics["epoch"] == 10
 
 
 def test_a_checkpoint_whose_manifest_never_arrived_is_not_seen(tmp_path: Path, tiny_config: ExperimentConfig) -> None:

@@ -13,14 +13,17 @@ import torch
 from ray import train as ray_train
 from ray.train import Checkpoint as RayCheckpoint
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 
+from kintsugi.checkpoint import fetch_newest
 from kintsugi.config import ExperimentConfig, parse_config
 from kintsugi.data.dataset import SplitReader, open_split
 from kintsugi.errors import KintsugiError, TrainingError
 from kintsugi.losses import build_loss
+from kintsugi.manifest import get_folder
 from kintsugi.models import PerceptualDistance
-from kintsugi.storage import open_store
+from kintsugi.storage import ObjectStore, open_store
 from kintsugi.training.curves import Curves
 from kintsugi.training.loop import Worker, fit
 from kintsugi.training.state import TrainState, build_state
@@ -92,14 +95,28 @@ def _worker_loop(payload: dict[str, Any]) -> None:
     context, device = ray_train.get_context(), get_device()
     worker = Worker(context.get_world_rank(), context.get_world_size(), device)
     state = build_state(config, train.digest, device)
-    earlier = ray_train.get_checkpoint()
-    if earlier is not None:
-        with earlier.as_directory() as folder:
-            state.load(Path(folder))
+    _continue(state, store, payload["run"], worker)
     loss = build_loss(config.loss, _perceptual(config)).to(device)
     with Curves(store, f"runs/{payload['run']}/curves", payload["settings"]) as curves:
         report = _Reporter(config, curves, card(config, train, worker.world), worker.rank, payload["run"])
         fit(state, config, train, val, loss, report, model=prepare_model(state.model), worker=worker)
+
+
+def _continue(state: TrainState, store: ObjectStore, run: str, worker: Worker) -> None:
+    """Bring every worker to the run's newest whole checkpoint, if it has one.
+
+    The store is asked, not `ray.train.get_checkpoint()`: Ray notes a checkpoint some time after it was
+    uploaded, and a driver that died in between would train the epoch again. Rank 0 chooses for all, since
+    two listings may differ.
+    """
+    with tempfile.TemporaryDirectory(prefix="kintsugi-resume-") as scratch:
+        folder = Path(scratch)
+        prefix = broadcast_from_rank_zero(fetch_newest(store, run, folder) if worker.rank == 0 else None)
+        if prefix is None:
+            return
+        if worker.rank > 0:
+            get_folder(store, prefix, folder)
+        state.load(folder)
 
 
 class _Reporter:
