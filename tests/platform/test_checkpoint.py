@@ -22,7 +22,9 @@ from kintsugi.storage import MemoryStore
 def saved(folder: Path, config: ExperimentConfig, score: float = 1.5, seed: int = 0, **more: float) -> RestorationUNet:
     torch.manual_seed(seed)
     model = build_model(config.model)
-    save_checkpoint(folder, model, config, {"score": score, **more}, {"dataset_digest": "d"}, {"epoch": 3, "t": torch.ones(2)})
+    save_checkpoint(
+        folder, model, config, {"score": score, **more}, {"dataset_digest": "d"}, {"epoch": 3, "t": torch.ones(2)}
+    )
     return model
 
 
