@@ -20,7 +20,7 @@ from pydantic import (
 
 from kintsugi.errors import ConfigError
 
-Preset = Literal["kla", "motion", "defocus", "noise", "lowlight", "jpeg", "mixed"]
+Preset = Literal["kla", "motion", "defocus", "noise", "lowlight", "jpeg", "mixed", "clean"]
 Split = Literal["train", "val", "test"]
 
 
@@ -36,6 +36,7 @@ class DataConfig(Section):
     dataset: str = Field(default="demo", min_length=1, description="name, or name@digest")
     crop: int = Field(default=256, ge=16, description="side of a training crop, px")
     defect_crops: float = Field(default=0.5, ge=0, le=1, description="share of crops on a defect")
+    planted: float = Field(default=0.0, ge=0, le=1, description="share of crops that get small known defects")
     mask_dropout: float = Field(default=0.0, ge=0, le=1, description="share of crops with the mask withheld")
     flips: bool = True
     batch_size: int = Field(default=8, ge=1, description="over all workers together")
@@ -47,6 +48,11 @@ class DegradationConfig(Section):
 
     presets: dict[Preset, float] = Field(default_factory=lambda: {"kla": 1.0})
     use_given: bool = Field(default=True, description="prefer the dataset's own degraded images")
+    exposure: Literal["undo", "keep"] = Field(
+        default="undo",
+        description="what is learned where a preset changed gain and offset: the clean image, or the clean image as "
+        "exposed. A single image does not tell its exposure",
+    )
 
     @field_validator("presets")
     @classmethod
@@ -56,49 +62,94 @@ class DegradationConfig(Section):
         return presets
 
 
+Skip = Literal["off", "concat", "add", "gated"]
+
+
 class ModelConfig(Section):
     """RestorationUNet. Defaults are the published recipe."""
 
-    channels: Literal[1, 3] = 3
+    channels: int = Field(default=3, ge=1, description="of an image: 1 grey, 3 colour, or more")
     base: int = Field(default=64, ge=4, description="channels of the first level; doubles at each level")
+    max_channels: int | None = Field(default=None, ge=4, description="no level has more; default: no limit")
     levels: int = Field(default=4, ge=1, le=6)
-    skips: tuple[bool, ...] = (False, False, False, False)
-    reduction: tuple[int, ...] = (16, 16, 16, 16)
+    stem: Literal[1, 2, 4] = Field(default=1, description="2 and 4: pixels are folded into channels first")
+    block: Literal["conv", "residual", "naf"] = "conv"
+    blocks: tuple[int, ...] = Field(
+        default_factory=lambda data: (1,) * (data.get("levels", 4) + 1), description="at each level and the bottleneck"
+    )
+    norm: Literal["layer", "group", "none"] = Field(
+        default="layer", description="group is taken over the whole input: tiles of one image would disagree"
+    )
+    bias: bool = Field(default=True, description="without: the output scales with the input (Mohan et al., ICLR 2020)")
+    attention: Literal["channel", "channel_spatial", "none"] = "channel"
+    attention_window: int | None = Field(
+        default=None, ge=4, description="px that channel attention pools; default the whole input, as the recipe"
+    )
+    skips: tuple[Skip, ...] = Field(default_factory=lambda data: ("off",) * data.get("levels", 4))
+    reduction: tuple[int, ...] = Field(
+        default_factory=lambda data: (16,) * data.get("levels", 4), description="of channel attention"
+    )
+    downsample: Literal["max", "conv"] = "max"
+    upsample: Literal["bilinear", "shuffle"] = "bilinear"
     dropout: float = Field(default=0.15, ge=0, lt=1)
-    mask: Literal["given", "optional", "none"] = Field(
-        default="given", description="an input always, an input that may be withheld, or no input"
+    mask: Literal["given", "optional", "predicted", "none"] = Field(
+        default="given", description="an input always, one that may be withheld, an output, or neither"
     )
     residual: bool = Field(default=False, description="predict the correction instead of the image")
+    error: bool = Field(default=False, description="also predict a bound of the absolute error at each pixel")
+    encoder: str | None = Field(
+        default=None, description="a timm model's features in place of the levels below the first"
+    )
+    encoder_weights: str | None = Field(default=None, description="path of that model's weights")
 
-    @field_validator("skips", "reduction", mode="before")
+    @field_validator("skips", "reduction", "blocks", mode="before")
     @classmethod
     def _one_for_all_levels(cls, value: Any, info: ValidationInfo) -> Any:
-        return (value,) * int(info.data.get("levels", 4)) if isinstance(value, int) else value
+        levels = int(info.data.get("levels", 4)) + (info.field_name == "blocks")
+        values = value if isinstance(value, list | tuple) else (value,) * levels
+        if info.field_name == "skips":
+            return [{True: "concat", False: "off"}[entry] if isinstance(entry, bool) else entry for entry in values]
+        return values
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         for name, values in (("skips", self.skips), ("reduction", self.reduction)):
             if len(values) != self.levels:
                 raise ValueError(f"{name} needs one entry for each of the {self.levels} levels (got {len(values)})")
-        if min(self.reduction) < 1:
-            raise ValueError(f"reduction must be at least 1 at every level (got {min(self.reduction)})")
+        if len(self.blocks) != self.levels + 1:
+            raise ValueError(
+                f"blocks needs one entry for each of the {self.levels} levels and one for the bottleneck "
+                f"(got {len(self.blocks)})"
+            )
+        for name, values in (("reduction", self.reduction), ("blocks", self.blocks)):
+            if min(values) < 1:
+                raise ValueError(f"{name} must be at least 1 at every level (got {min(values)})")
+        step = self.stem * 2**self.levels
+        if self.attention_window is not None and self.attention_window % step:
+            raise ValueError(
+                f"attention_window must be a multiple of stem * 2**levels = {step} px (got {self.attention_window})"
+            )
+        if self.encoder is None and self.encoder_weights is not None:
+            raise ValueError("encoder_weights needs encoder: name the timm model that they belong to")
         return self
 
 
 class LossWeights(Section):
-    """Shares of the five parts; they sum to 1."""
+    """Shares of the parts; they sum to 1. The first five are the published recipe's."""
 
     defect: float = Field(default=0.25, ge=0)
     ssim: float = Field(default=0.30, ge=0)
     perceptual: float = Field(default=0.20, ge=0)
     edge: float = Field(default=0.15, ge=0)
     basic: float = Field(default=0.10, ge=0)
+    charbonnier: float = Field(default=0.0, ge=0)
+    frequency: float = Field(default=0.0, ge=0)
 
     @model_validator(mode="after")
     def _sums_to_one(self) -> Self:
-        total = self.defect + self.ssim + self.perceptual + self.edge + self.basic
+        total = sum(self.model_dump().values())
         if abs(total - 1) > 1e-6:
-            raise ValueError(f"the five weights must sum to 1 (they sum to {total:.6g}): divide each by {total:.6g}")
+            raise ValueError(f"the weights must sum to 1 (they sum to {total:.6g}): divide each by {total:.6g}")
         return self
 
 
@@ -119,7 +170,13 @@ class PerceptualConfig(Section):
 
 
 class LossConfig(Section):
+    """`mask`, `error` and `invention` are added to the weighted sum."""
+
     weights: LossWeights = LossWeights()
+    mask: float = Field(default=0.0, ge=0, description="of the defect map, with model.mask=predicted")
+    error: float = Field(default=0.0, ge=0, description="of the error bound, with model.error=true")
+    error_quantile: float = Field(default=0.9, gt=0, lt=1, description="share of pixels that the bound shall hold for")
+    invention: float = Field(default=0.0, ge=0, description="of structure added to defect-free pixels")
     perceptual: PerceptualConfig = PerceptualConfig()
 
 
@@ -132,11 +189,28 @@ class OptimConfig(Section):
     restart_factor: int = Field(default=2, ge=1, description="growth of the cycles")
     min_learning_rate: float = Field(default=1e-6, ge=0)
     clip_norm: float = Field(default=1.0, gt=0)
+    ema: float = Field(default=0.0, ge=0, lt=1, description="decay of the averaged weights; 0: no averaging")
+
+
+class Phase(Section):
+    """A part of a curriculum: other values of `data` and `degradation` for the first `epochs` of a run."""
+
+    epochs: int = Field(ge=1, description="how many epochs of the run it lasts")
+    values: dict[str, Any] = Field(description="dotted keys, for example {data.crop: 64}")
+
+    @field_validator("values")
+    @classmethod
+    def _only_data(cls, values: dict[str, Any]) -> dict[str, Any]:
+        for key in values:
+            if not key.startswith(("data.", "degradation.")) or key == "data.dataset":
+                raise ValueError(f"'{key}' cannot change within a run: a phase sets data.* and degradation.*")
+        return values
 
 
 class TrainConfig(Section):
     epochs: int = Field(default=250, ge=1)
     steps_per_epoch: int | None = Field(default=None, ge=1, description="default: one pass over the data")
+    curriculum: tuple[Phase, ...] = Field(default=(), description="phases one after the other, then the config itself")
     patience: int = Field(default=25, ge=1, description="epochs without a better score before it stops")
     validation_images: int | None = Field(default=None, ge=1, description="default: all")
     seed: int = 0
@@ -175,12 +249,33 @@ class ExperimentConfig(Section):
                 f"data.batch_size must be a multiple of train.workers (got {batch} and {workers}): "
                 f"set data.batch_size={-(-batch // workers) * workers}"
             )
-        if self.data.mask_dropout > 0 and self.model.mask != "optional":
-            raise ValueError(f"data.mask_dropout needs model.mask=optional (got {self.model.mask}): set one of the two")
-        if self.data.crop < 2**self.model.levels:
+        if self.data.mask_dropout > 0 and self.model.mask not in ("optional", "predicted"):
             raise ValueError(
-                f"data.crop must be at least 2**model.levels = {2**self.model.levels} px (got {self.data.crop})"
+                f"data.mask_dropout needs model.mask=optional or predicted (got {self.model.mask}): set one of the two"
             )
+        step = self.model.stem * 2**self.model.levels
+        if self.data.crop < step:
+            raise ValueError(f"data.crop must be at least stem * 2**levels = {step} px (got {self.data.crop})")
+        if (self.loss.mask > 0) != (self.model.mask == "predicted"):
+            raise ValueError(
+                f"loss.mask trains the defect map of model.mask=predicted, and only that (got {self.loss.mask:g} "
+                f"and {self.model.mask}): set both or none"
+            )
+        if (self.loss.error > 0) != self.model.error:
+            raise ValueError(
+                f"loss.error trains the bound of model.error=true, and only that (got {self.loss.error:g} and "
+                f"{self.model.error}): set both or none"
+            )
+        for phase in self.train.curriculum:
+            _at_phase(self, phase)
+        return self
+
+    def at_epoch(self, epoch: int) -> "ExperimentConfig":
+        """The config that holds in `epoch` (from 0), with the values of the curriculum's phase."""
+        for phase in self.train.curriculum:
+            if epoch < phase.epochs:
+                return _at_phase(self, phase)
+            epoch -= phase.epochs
         return self
 
     def to_yaml(self) -> str:
@@ -223,6 +318,14 @@ def with_values(config: ExperimentConfig, values: Mapping[str, Any]) -> Experime
     for key, value in values.items():
         _set_key(tree, key, value)
     return parse_config(tree, "override")
+
+
+def _at_phase(config: ExperimentConfig, phase: Phase) -> ExperimentConfig:
+    tree = config.model_dump(mode="json")
+    tree["train"]["curriculum"] = []
+    for key, value in phase.values.items():
+        _set_key(tree, key, value)
+    return ExperimentConfig.model_validate(tree)
 
 
 def _value(override: str, text: str) -> Any:

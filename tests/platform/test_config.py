@@ -31,7 +31,7 @@ def test_defaults_are_the_published_recipe() -> None:
         0.1,
     )
     assert (config.model.base, config.model.levels, config.model.reduction) == (64, 4, (16,) * 4)
-    assert config.model.skips == (False,) * 4
+    assert config.model.skips == ("off",) * 4
     assert (config.optim.learning_rate, config.model.dropout) == (1e-4, 0.15)
     assert (config.train.patience, config.data.batch_size) == (25, 8)
 
@@ -39,7 +39,13 @@ def test_defaults_are_the_published_recipe() -> None:
 def test_yaml_brings_back_the_same_config(tmp_path: Path) -> None:
     config = with_values(
         ExperimentConfig(),
-        {"model.levels": 2, "model.skips": True, "model.reduction": 4, "degradation.presets": {"mixed": 2}},
+        {
+            "model.levels": 2,
+            "model.blocks": 1,
+            "model.skips": True,
+            "model.reduction": 4,
+            "degradation.presets": {"mixed": 2},
+        },
     )
     (tmp_path / "dumped.yaml").write_text(config.to_yaml())
     assert load_config(tmp_path / "dumped.yaml") == config
@@ -75,7 +81,7 @@ def test_every_fault_of_a_file_is_told_at_once(file: Path) -> None:
         ("optim.learning_rate=3e-4", 3e-4),
         ("data.flips=false", False),
         ("data.dataset=parts@0123", "parts@0123"),
-        ("model.skips=[true, false, true, false]", (True, False, True, False)),
+        ("model.skips=[true, false, add, gated]", ("concat", "off", "add", "gated")),
         ("model.reduction=8", (8, 8, 8, 8)),
         ("train.steps_per_epoch=null", None),
         ("degradation.presets={noise: 1, jpeg: 3}", {"noise": 1.0, "jpeg": 3.0}),
@@ -106,6 +112,13 @@ def test_the_last_set_wins_and_the_file_gives_the_rest(file: Path) -> None:
             "data.batch_size=7",
             r"data\.batch_size must be a multiple of train\.workers \(got 7 and 2\): set data\.batch_size=8",
         ),
+        ("model.blocks=[1, 2]", "blocks needs one entry for each of the 4 levels and one for the bottleneck"),
+        ("model.attention_window=24", r"multiple of stem \* 2\*\*levels = 16 px \(got 24\)"),
+        ("model.mask=predicted", "loss.mask trains the defect map of model.mask=predicted"),
+        ("loss.error=0.1", "loss.error trains the bound of model.error=true"),
+        ("model.encoder_weights=x.pth", "encoder_weights needs encoder"),
+        ("train.curriculum=[{epochs: 2, values: {model.base: 8}}]", "'model.base' cannot change within a run"),
+        ("train.curriculum=[{epochs: 2, values: {data.crop: 8}}]", "data.crop"),
         ("model.skips=[true]", "skips needs one entry for each of the 4 levels"),
         ("model.reduction=0", "reduction must be at least 1"),
         ("degradation.presets={}", "at least one preset"),
@@ -119,7 +132,7 @@ def test_a_setting_that_cannot_work_is_refused_with_its_remedy(file: Path, overr
 
 
 def test_crops_too_small_for_the_model_are_refused(file: Path) -> None:
-    with pytest.raises(ConfigError, match=r"2\*\*model\.levels = 64 px \(got 32\)"):
+    with pytest.raises(ConfigError, match=r"stem \* 2\*\*levels = 64 px \(got 32\)"):
         load_config(file, ["model.levels=6", "model.skips=false", "model.reduction=16", "data.crop=32"])
 
 
@@ -156,3 +169,18 @@ def test_the_dump_holds_every_setting_and_nothing_but_yaml() -> None:
     tree = yaml.safe_load(ExperimentConfig().to_yaml())
     assert set(tree) == set(ExperimentConfig.model_fields)
     assert tree["loss"]["weights"]["ssim"] == 0.3
+
+
+def test_a_curriculum_changes_data_by_epoch_and_ends_at_the_config_itself(file: Path) -> None:
+    phases = "[{epochs: 2, values: {data.crop: 64}}, {epochs: 1, values: {degradation.presets: {noise: 1}}}]"
+    config = load_config(file, [f"train.curriculum={phases}"])
+    first, second, third, last = (config.at_epoch(epoch) for epoch in (0, 1, 2, 3))
+    assert (first.data.crop, second.data.crop) == (64, 64)
+    assert third.data.crop == config.data.crop and third.degradation.presets == {"noise": 1.0}
+    assert last == config
+    assert first.model == config.model and first.optim == config.optim
+
+
+@pytest.mark.parametrize("name", ["seed", "demo", "light", "best"])
+def test_every_shipped_config_is_valid(repository: Path, name: str) -> None:
+    load_config(repository / f"platform/configs/{name}.yaml")

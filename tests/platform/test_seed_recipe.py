@@ -23,7 +23,7 @@ def seed(repository: Path) -> ExperimentConfig:
 def test_the_recipe_is_kept_as_its_text_tells_it(seed: ExperimentConfig) -> None:
     model, weights = seed.model, seed.loss.weights
     assert (model.channels, model.base, model.levels, model.mask) == (3, 64, 4, "given")
-    assert model.skips == (False,) * 4 and set(model.reduction) == {16} and model.dropout == 0.15
+    assert model.skips == ("off",) * 4 and set(model.reduction) == {16} and model.dropout == 0.15
     parts = (weights.defect, weights.ssim, weights.perceptual, weights.edge, weights.basic)
     assert parts == (0.25, 0.30, 0.20, 0.15, 0.10)
     assert (seed.optim.learning_rate, seed.train.patience, seed.data.batch_size) == (1e-4, 25, 8)
@@ -32,10 +32,10 @@ def test_the_recipe_is_kept_as_its_text_tells_it(seed: ExperimentConfig) -> None
 
 def test_rgb_and_mask_go_in_and_rgb_comes_out(seed: ExperimentConfig) -> None:
     model = build_model(seed.model).eval()
-    assert model.encoder[0][0].in_channels == 4
+    assert model.encoder.stages[0][0][0].in_channels == 4
     with torch.inference_mode():
         image, mask = torch.rand(1, 3, 48, 40), torch.zeros(1, 1, 48, 40)
-        assert model(image, mask).shape == image.shape
+        assert model(image, mask).image.shape == image.shape
 
 
 def test_the_recipe_trains(seed: ExperimentConfig, tiny_store: LocalStore) -> None:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import cv2
 import numpy as np
@@ -39,14 +39,26 @@ class Stage(IntEnum):
     CODEC = 3
 
 
+class Pair(NamedTuple):
+    """A degraded image, and the clean one under the same exposure: `exposed = gain * clean + offset`, clipped."""
+
+    degraded: Unit
+    exposed: Unit
+    gain: float
+
+
 class Degradation(ABC):
     """`reach`: how far from a pixel, in px, lies what can change it; a crop needs that much around it."""
 
     reach: int
 
-    @abstractmethod
     def __call__(self, image: Unit, generator: np.random.Generator, levels: int = 255) -> Unit:
         """The degraded image; `levels` is the camera's white level, whose steps the result keeps to."""
+        return self.pair(image, generator, levels).degraded
+
+    @abstractmethod
+    def pair(self, image: Unit, generator: np.random.Generator, levels: int = 255) -> Pair:
+        """The degraded image with what a restoration that leaves the exposure alone should make of it."""
 
 
 class Step(ABC):
@@ -103,7 +115,12 @@ class Exposure(Step):
     stage: ClassVar[Stage] = Stage.EXPOSURE
 
     def __call__(self, image: Unit, generator: np.random.Generator) -> Unit:
-        return image * np.float32(generator.uniform(*self.gain)) + np.float32(generator.uniform(*self.offset))
+        gain, offset = self.draw(generator)
+        return image * np.float32(gain) + np.float32(offset)
+
+    def draw(self, generator: np.random.Generator) -> tuple[float, float]:
+        """Gain and offset."""
+        return generator.uniform(*self.gain), generator.uniform(*self.offset)
 
 
 @dataclass(frozen=True)
@@ -160,12 +177,18 @@ class Camera(Degradation):
         self.steps: tuple[Step, ...] = tuple(sorted(steps, key=lambda step: step.stage))
         self.reach = sum(step.reach for step in self.steps)
 
-    def __call__(self, image: Unit, generator: np.random.Generator, levels: int = 255) -> Unit:
+    def pair(self, image: Unit, generator: np.random.Generator, levels: int = 255) -> Pair:
+        exposed, total = image, 1.0
         for step in self.steps:
+            if isinstance(step, Exposure):
+                gain, offset = step.draw(generator)
+                image, exposed = (part * np.float32(gain) + np.float32(offset) for part in (image, exposed))
+                total *= gain
+                continue
             if step.stage is Stage.CODEC:
                 image = _quantise(image, levels)
             image = step(image, generator)
-        return _quantise(image, levels)
+        return Pair(_quantise(image, levels), np.clip(exposed, 0, 1), total)
 
 
 class Choice(Degradation):
@@ -176,9 +199,9 @@ class Choice(Degradation):
         self.shares: NDArray[np.float64] = np.asarray(shares, np.float64) / sum(shares)
         self.reach = max(option.reach for option in self.options)
 
-    def __call__(self, image: Unit, generator: np.random.Generator, levels: int = 255) -> Unit:
+    def pair(self, image: Unit, generator: np.random.Generator, levels: int = 255) -> Pair:
         option = self.options[int(generator.choice(len(self.options), p=self.shares))]
-        return option(image, generator, levels)
+        return option.pair(image, generator, levels)
 
 
 def _of_255(low: float, high: float) -> Range:
@@ -205,6 +228,8 @@ PRESETS: Mapping[Preset, Degradation] = {
         GaussianNoise(_of_255(5, 15)),
         Jpeg((40, 80)),
     ),
+    # Nothing to restore: what a model must learn to leave alone.
+    "clean": Camera(),
 }
 
 

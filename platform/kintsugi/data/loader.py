@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kintsugi.config import ExperimentConfig
 from kintsugi.data.dataset import SplitReader
-from kintsugi.data.degradation import Unit, build_degradation, generator_for
+from kintsugi.data.degradation import Pair, Unit, build_degradation, generator_for
+from kintsugi.data.planted import plant_random
 from kintsugi.data.sample import Sample
 from kintsugi.errors import DataError
 from kintsugi.imaging import Image, convert
@@ -34,12 +35,16 @@ class Crops(NamedTuple):
 
     `degraded` and `clean` are (C, h, w) float32 in [0, 1]. `mask` is (1, h, w) float32 of 0 and 1: the truth,
     for the loss. `mask_known` is 1 where the model may see that mask, 0 where it is withheld or nobody drew one.
+    `labelled` is 1 where the mask is the truth, 0 where nobody drew one. `scale` is what brings `clean` back to
+    the exposure of the clean image: 1 but with `exposure: keep`.
     """
 
     degraded: Tensor
     clean: Tensor
     mask: Tensor
     mask_known: Tensor
+    labelled: Tensor
+    scale: Tensor
 
 
 class TrainCrops(Dataset[Crops]):
@@ -57,15 +62,15 @@ class TrainCrops(Dataset[Crops]):
         epoch, index, *again = key
         sample = self.reader.sample(index)
         generator = generator_for(self.config.train.seed, epoch, sample.sample_id, *filter(None, again))
-        degraded, clean, mask = self._crop(sample, generator)
+        pair, mask = self._crop(sample, generator)
         withheld = generator.random() < self.config.data.mask_dropout
         known = float(sample.mask_known and not withheld)
         return Crops(
-            self._tensor(degraded), self._tensor(clean), torch.from_numpy(mask[None].astype(np.float32)),
-            torch.tensor(known),
+            self._tensor(pair.degraded), self._tensor(pair.exposed), torch.from_numpy(mask[None].astype(np.float32)),
+            torch.tensor(known), torch.tensor(float(sample.mask_known)), torch.tensor(1 / pair.gain),
         )  # fmt: skip
 
-    def _crop(self, sample: Sample, generator: np.random.Generator) -> tuple[Unit, Unit, Mask]:
+    def _crop(self, sample: Sample, generator: np.random.Generator) -> tuple[Pair, Mask]:
         data, size = self.config.data, self.config.data.crop
         given = sample.degraded if self.config.degradation.use_given else None
         margin = 0 if given is not None else self._degradation.reach
@@ -78,11 +83,19 @@ class TrainCrops(Dataset[Crops]):
             pixels = image.pixels if channel is None else image.pixels[..., channel]
             return pose.apply(window.cut(pixels)).astype(np.float32) / np.float32(image.white_level)
 
-        clean = cut(sample.clean)
+        clean, mask = cut(sample.clean), pose.apply(window.cut(sample.mask))
+        if given is not None:
+            return Pair(cut(given), clean, 1.0), mask
+        if generator.random() < data.planted:
+            for _ in range(generator.integers(1, 4)):
+                clean, planted = plant_random(clean, generator)
+                mask = mask | planted
         # Turned before it is degraded: a preset with horizontal motion stays horizontal.
-        degraded = cut(given) if given is not None else self._degradation(clean, generator, sample.clean.white_level)
+        pair = self._degradation.pair(clean, generator, sample.clean.white_level)
+        if self.config.degradation.exposure == "undo":
+            pair = Pair(pair.degraded, clean, 1.0)
         inner = slice(margin, margin + size)
-        return degraded[inner, inner], clean[inner, inner], pose.apply(window.cut(sample.mask))[inner, inner]
+        return Pair(pair.degraded[inner, inner], pair.exposed[inner, inner], pair.gain), mask[inner, inner]
 
     def _tensor(self, image: Unit) -> Tensor:
         planes = image[None] if image.ndim == 2 else np.moveaxis(image, 2, 0)
@@ -136,7 +149,9 @@ def evaluation_pair(sample: Sample, config: ExperimentConfig) -> tuple[Image, Im
     """
     if sample.degraded is not None and config.degradation.use_given:
         return sample.degraded, sample.clean, sample.mask
-    degradation = build_degradation(config.degradation)
+    # Nothing is restored of a clean image: its figures would drown the others.
+    presets = {name: share for name, share in config.degradation.presets.items() if name != "clean"}
+    degradation = build_degradation(config.degradation.model_copy(update={"presets": presets}))
     unit = degradation(sample.clean.to_unit(), generator_for(0, sample.sample_id), sample.clean.white_level)
     lossless = convert(sample.clean, "png") if sample.clean.format == "jpeg" else sample.clean
     return lossless.with_unit(unit), sample.clean, sample.mask

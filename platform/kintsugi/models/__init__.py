@@ -1,6 +1,6 @@
 """The restoration network and the feature network of its perceptual loss."""
 
 from kintsugi.models.perceptual import PerceptualDistance
-from kintsugi.models.unet import RestorationUNet, build_model
+from kintsugi.models.unet import Prediction, RestorationUNet, build_model
 
-__all__ = ["PerceptualDistance", "RestorationUNet", "build_model"]
+__all__ = ["PerceptualDistance", "Prediction", "RestorationUNet", "build_model"]

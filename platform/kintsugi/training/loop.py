@@ -51,7 +51,7 @@ def fit(
     worker = worker or Worker()
     while state.epoch < config.train.epochs and state.stale < config.train.patience:
         learning_rate = float(state.scheduler.get_last_lr()[0])
-        terms = _train_epoch(state, config, train, loss, model or state.model, worker)
+        terms = _train_epoch(state, config.at_epoch(state.epoch), train, loss, model or state.model, worker)
         found = _validate(state, config, val, worker)
         state.note(found["score"])
         report({"epoch": state.epoch, "learning_rate": learning_rate, **terms, **found}, state)
@@ -72,12 +72,14 @@ def _train_epoch(
     totals: dict[str, Tensor] = {}
     steps = 0
     for batch in islice(loader, config.train.steps_per_epoch):
-        degraded, clean, mask, known = (part.to(worker.device, non_blocking=True) for part in batch)
-        terms = loss(model(degraded, mask * known.view(-1, 1, 1, 1), known), clean, mask)
+        degraded, clean, mask, known, labelled, scale = (part.to(worker.device, non_blocking=True) for part in batch)
+        terms = loss(model(degraded, mask * known.view(-1, 1, 1, 1), known), clean, mask, labelled, scale)
         state.optimizer.zero_grad(set_to_none=True)
         terms["total"].backward()
         nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.clip_norm)
         state.optimizer.step()
+        if state.averaged is not None:
+            state.averaged.update_parameters(state.model)
         totals = {name: totals.get(name, 0) + value.detach() for name, value in terms.items()}
         steps += 1
     means = _mean_over_workers({f"loss/{name}": float(value) / steps for name, value in totals.items()}, worker)
@@ -90,11 +92,12 @@ def _train_epoch(
 
 def _validate(state: TrainState, config: ExperimentConfig, val: SplitReader, worker: Worker) -> dict[str, float]:
     """Mean figures over the validation images, whole and at native size, each worker taking its share."""
-    restorer = Restorer(state.model.eval(), worker.device)
+    restorer = Restorer(state.published.eval(), worker.device)
     count = min(len(val), config.train.validation_images or len(val))
     sums = torch.zeros(6, dtype=torch.float64)
-    for index in range(worker.rank, count, worker.world):
-        degraded, clean, mask = evaluation_pair(val.sample(index), config)
+    for place in range(worker.rank, count, worker.world):
+        # Spread over the split, which may be sorted by category.
+        degraded, clean, mask = evaluation_pair(val.sample(place * len(val) // count), config)
         shown = mask if config.model.mask == "given" else None
         reference = clean.to_unit()
         after = fidelity(restorer.restore(degraded, shown).image.to_unit(), reference, mask)

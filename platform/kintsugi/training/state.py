@@ -1,18 +1,21 @@
 """TrainState: all that changes while a model trains, and its way to a checkpoint and back."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
+from torch.optim.swa_utils import AveragedModel
 
 from kintsugi.checkpoint import load_checkpoint, load_train_state, load_weights, save_checkpoint
 from kintsugi.config import ExperimentConfig
 from kintsugi.errors import TrainingError
 from kintsugi.models import RestorationUNet, build_model
+from kintsugi.models.encoder import load_encoder_weights
 
 
 @dataclass
@@ -29,6 +32,12 @@ class TrainState:
     epoch: int = 0
     best: float = float("-inf")
     stale: int = 0
+    averaged: AveragedModel | None = None
+
+    @property
+    def published(self) -> RestorationUNet:
+        """The model that is judged and kept: the averaged one, if there is one."""
+        return self.model if self.averaged is None else cast(RestorationUNet, self.averaged.module)
 
     def note(self, score: float) -> None:
         """Count an epoch that ended with `score`."""
@@ -43,7 +52,9 @@ class TrainState:
         """Write a checkpoint that both resumes and restores."""
         progress = {"epoch": self.epoch, "best": self.best, "stale": self.stale, "dataset_digest": self.dataset_digest}
         live = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
-        save_checkpoint(folder, self.model, config, metrics, card, {**progress, **live})
+        if self.averaged is not None:
+            live |= {"model": self.model.state_dict(), "averages": self.averaged.n_averaged}
+        save_checkpoint(folder, self.published, config, metrics, card, {**progress, **live})
 
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint of the same data and model.
@@ -59,7 +70,10 @@ class TrainState:
                 f"the run was trained on dataset {saved['dataset_digest'][:12]} and now finds "
                 f"{self.dataset_digest[:12]}: name the old one as data.dataset, or start a run under a new name"
             )
-        load_weights(self.model, checkpoint)
+        load_weights(self.published, checkpoint)
+        if self.averaged is not None:
+            self.model.load_state_dict(saved["model"])
+            self.averaged.n_averaged.copy_(saved["averages"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
         self.epoch, self.best, self.stale = saved["epoch"], saved["best"], saved["stale"]
@@ -68,10 +82,25 @@ class TrainState:
 def build_state(config: ExperimentConfig, dataset_digest: str, device: torch.device | str = "cpu") -> TrainState:
     """A fresh state; the weights are a function of `train.seed`."""
     torch.manual_seed(config.train.seed)
-    model = build_model(config.model).to(device)
+    model = build_model(config.model)
+    load_encoder_weights(model.encoder, config.model)
+    # Convolutions run faster with channels last: by a quarter on a CPU, more on tensor cores.
+    model = model.to(device, memory_format=torch.channels_last)
     optim = config.optim
     optimizer = AdamW(model.parameters(), lr=optim.learning_rate, weight_decay=optim.weight_decay)
     scheduler = CosineAnnealingWarmRestarts(
         optimizer, optim.restart_epochs, optim.restart_factor, eta_min=optim.min_learning_rate
     )
-    return TrainState(model, optimizer, scheduler, dataset_digest)
+    averaged = AveragedModel(model, multi_avg_fn=_warm_average(optim.ema)) if optim.ema > 0 else None
+    return TrainState(model, optimizer, scheduler, dataset_digest, averaged=averaged)
+
+
+def _warm_average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
+    """An exponential moving average that follows the first steps closely: they are far from where training ends."""
+
+    @torch.no_grad()
+    def update(averages: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
+        steps = int(count)
+        torch._foreach_lerp_(list(averages), list(current), 1 - min(decay, (1 + steps) / (10 + steps)))
+
+    return update

@@ -41,7 +41,7 @@ def test_a_preset_is_seeded_keeps_shape_and_range_and_lies_on_the_levels(
     image = texture(*shape)
     before = image.copy()
     one, two, other = (PRESETS[name](image, generator_for(seed, "a"), levels) for seed in (0, 0, 1))  # pyright: ignore[reportArgumentType]
-    assert np.array_equal(one, two) and not np.array_equal(one, other)
+    assert np.array_equal(one, two) and np.array_equal(one, other) == (name == "clean")
     assert np.array_equal(image, before), "the clean image was changed"
     assert one.shape == shape and one.dtype == np.float32 and one.min() >= 0 and one.max() <= 1
     assert np.abs(one.astype(np.float64) * levels - np.rint(one * np.float64(levels))).max() < 0.01
@@ -157,3 +157,17 @@ def test_a_generator_depends_on_each_part_of_its_key_and_on_nothing_else() -> No
         env={"PYTHONHASHSEED": "99", "PYTHONPATH": ":".join(sys.path)},
     )
     assert int(there.stdout) == here
+
+
+def test_the_exposed_image_has_the_exposure_and_nothing_else_of_the_degradation() -> None:
+    image = texture(48, 48)
+    camera = Camera(Defocus((2, 2)), Exposure((0.3, 0.4), (0.1, 0.1)), GaussianNoise((0.05, 0.05)))
+    pair = camera.pair(image, generator_for(0), 255)
+    assert 0.3 <= pair.gain <= 0.4
+    assert np.allclose(pair.exposed, image * pair.gain + 0.1, atol=1e-6)
+    assert np.array_equal(pair.degraded, camera(image, generator_for(0), 255))
+
+
+def test_the_preset_clean_only_keeps_to_the_levels() -> None:
+    image = texture(20, 20)
+    assert np.abs(PRESETS["clean"](image, generator_for(0), 255) - image).max() <= 0.5001 / 255

@@ -285,3 +285,28 @@ def test_every_preset_can_be_drawn(reader: SplitReader) -> None:
     config = config_with(degradation={"presets": dict.fromkeys(PRESETS, 1.0)})
     crops = TrainCrops(reader, config)
     assert all(torch.isfinite(crops[epoch, 0].degraded).all() for epoch in range(30))
+
+
+def test_a_kept_exposure_is_what_is_learned_and_its_scale_is_told(reader: SplitReader) -> None:
+    low = {"presets": {"lowlight": 1.0}}
+    undo, keep = (
+        TrainCrops(reader, config_with(degradation={**low, "exposure": exposure}))[0, 0]
+        for exposure in ("undo", "keep")
+    )
+    assert torch.equal(undo.degraded, keep.degraded)
+    assert undo.scale == 1 and 2 <= keep.scale <= 4
+    assert torch.allclose(keep.clean * keep.scale, undo.clean, atol=1e-5)
+
+
+def test_planted_defects_are_in_the_clean_image_and_in_the_mask(write: Write, tmp_path: Path) -> None:
+    write("in/clean/a.png", Image(np.full((64, 64), 128, np.uint8)))
+    write("in/mask/a.png", np.zeros((64, 64), np.bool_))
+    reader = open_pairs(tmp_path / "in", tmp_path / "cache")
+    crops = TrainCrops(reader, config_with(data={"planted": 1.0, "crop": 64}))
+    plain = TrainCrops(reader, config_with(data={"planted": 0.0, "crop": 64}))
+    for epoch in range(5):
+        crop = crops[epoch, 0]
+        changed = (crop.clean - 128 / 255).abs() > 1e-6
+        assert crop.mask.any() and changed.any()
+        assert (changed | (crop.mask == 0)).all(), "every marked pixel differs"
+    assert not plain[0, 0].mask.any() and plain[0, 0].clean.std() == 0

@@ -89,3 +89,39 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(
     other = run(tiny_store, with_values(config, {"train.seed": 1}))[0][0][0]
     assert first == again
     assert first["loss/total"] != other["loss/total"]
+
+
+def test_an_averaged_model_resumes_exactly_too(
+    tmp_path: Path, tiny_store: LocalStore, tiny_config: ExperimentConfig
+) -> None:
+    config = with_values(tiny_config, {"train.epochs": 2, "optim.ema": 0.9})
+    straight, _ = run(tiny_store, config)
+    _, halfway = run(tiny_store, with_values(config, {"train.epochs": 1}))
+    halfway.save(tmp_path, config, {"score": 0.0}, {})
+    state = build_state(config, halfway.dataset_digest)
+    state.load(tmp_path)
+    resumed, _ = run(tiny_store, config, state)
+    assert [metrics for metrics, _ in resumed] == [metrics for metrics, _ in straight[1:]]
+
+
+def test_a_model_with_defect_map_error_bound_and_curriculum_trains(
+    tiny_store: LocalStore, tiny_config: ExperimentConfig
+) -> None:
+    values = {
+        "model.mask": "predicted",
+        "model.error": True,
+        "loss.mask": 0.1,
+        "loss.error": 0.5,
+        "loss.invention": 1.0,
+        "data.planted": 0.5,
+        "degradation.exposure": "keep",
+        "degradation.use_given": False,
+        "degradation.presets": {"kla": 1, "lowlight": 1, "clean": 0.2},
+        "train.curriculum": [{"epochs": 1, "values": {"data.crop": 16}}],
+    }
+    reported, state = run(tiny_store, with_values(tiny_config, values))
+    assert {"loss/mask", "loss/error", "loss/invention"} <= reported[0][0].keys()
+    prediction = state.model(torch.rand(1, 1, 24, 40))
+    assert prediction.defect is not None and prediction.error is not None
+    assert prediction.defect.shape == prediction.error.shape == (1, 1, 24, 40)
+    assert prediction.error.min() >= 0

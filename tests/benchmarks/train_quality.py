@@ -1,0 +1,76 @@
+"""Train one model of the quality table in this process, without a cluster; the same command again continues.
+
+    python tests/benchmarks/train_quality.py platform/configs/light.yaml FOLDER OUT [--set key=value ...]
+
+FOLDER is read in the `pairs` layout. OUT gets `checkpoint/`, the one with the highest score, `log.jsonl` with a
+line for each epoch, and `latest/`, from which an interrupted run goes on.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from kintsugi.config import load_config
+from kintsugi.data.dataset import build_dataset, open_split
+from kintsugi.losses import build_loss
+from kintsugi.models import PerceptualDistance
+from kintsugi.storage import LocalStore
+from kintsugi.training.loop import fit
+from kintsugi.training.state import TrainState, build_state
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--set", dest="sets", action="append", default=[])
+    parser.add_argument("--trained-on", default="", help="told in the checkpoint's card")
+    options = parser.parse_args()
+    config = load_config(options.config, [*options.sets, "train.workers=1"])
+    torch.set_num_threads(config.train.threads)
+    store = LocalStore(options.out / "store")
+    ref = build_dataset("pairs", options.folder, "quality", store).ref
+    cache = options.out / "cache"
+    train, val = (open_split(store, ref, split, cache) for split in ("train", "val"))
+    state = build_state(config, train.digest)
+    if (options.out / "latest").exists():
+        state.load(options.out / "latest")
+    started, before = time.monotonic(), _seconds(options.out)
+    card = {"trained_on": options.trained_on or options.folder.name, "dataset_digest": train.digest, "threads": 1}
+
+    def report(metrics: Mapping[str, float], state: TrainState) -> None:
+        seconds = before + time.monotonic() - started
+        row = {**metrics, "seconds": seconds}
+        about = {**card, "wall_seconds": round(seconds), "steps": state.epoch * (config.train.steps_per_epoch or 0)}
+        with (options.out / "log.jsonl").open("a") as log:
+            log.write(json.dumps(row) + "\n")
+        _replace(options.out / "latest", lambda folder: state.save(folder, config, metrics, about))
+        if state.stale == 0:
+            _replace(options.out / "checkpoint", lambda folder: state.save(folder, config, metrics, about))
+        print({name: round(value, 4) for name, value in row.items()}, flush=True)
+
+    perceptual = PerceptualDistance(config.loss.perceptual) if config.loss.weights.perceptual > 0 else None
+    fit(state, config, train, val, build_loss(config.loss, perceptual), report)
+
+
+def _seconds(out: Path) -> float:
+    log = out / "log.jsonl"
+    return float(json.loads(log.read_text().splitlines()[-1])["seconds"]) if log.exists() else 0.0
+
+
+def _replace(folder: Path, write) -> None:  # noqa: ANN001
+    fresh = folder.with_name(f".{folder.name}-new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    write(fresh)
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
+
+
+if __name__ == "__main__":
+    main()
