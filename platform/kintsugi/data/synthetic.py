@@ -5,9 +5,10 @@ that no piece of a photograph is in two parts; brushed metal and weave are drawn
 """
 
 import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 import skimage.data
 from numpy.typing import NDArray
@@ -22,14 +23,20 @@ Draw = Callable[[Surface, np.random.Generator], tuple[Surface, Mask]]
 
 PHOTOGRAPHS = ("brick", "gravel", "grass")
 DRAWN = ("metal", "weave")
+MATERIALS = (*PHOTOGRAPHS, *DRAWN)
+VARIED = (*MATERIALS, "leaves", "cloud")
+"""With surfaces of no particular material, for a model that shall meet unknown ones."""
 COLUMNS: tuple[str, ...] = ("name", "part", "category", "defect_type", "split")
 
 
-def write_synthetic(folder: Path, *, seed: int = 0, parts: int = 45, size: int = 168) -> Path:
+def write_synthetic(
+    folder: Path, *, seed: int = 0, parts: int = 45, size: int = 168, materials: Sequence[str] = MATERIALS
+) -> Path:
     """Draw `parts` parts with three images each: two with different defects, one without.
 
     Args:
         size: side of the square images in px.
+        materials: taken in turn, of `VARIED`.
 
     Returns:
         `folder`, now with clean/, mask/ and manifest.csv; the same arguments give the same bytes.
@@ -37,7 +44,7 @@ def write_synthetic(folder: Path, *, seed: int = 0, parts: int = 45, size: int =
     for name in ("clean", "mask"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, str]] = []
-    for number, (material, surface) in enumerate(_parts(seed, parts, size)):
+    for number, (material, surface) in enumerate(_parts(seed, parts, size, materials)):
         kinds = sorted(DEFECTS)
         first = number % len(kinds)
         for kind in (kinds[first], kinds[(first + 1 + number // len(kinds) % 3) % len(kinds)], "good"):
@@ -60,17 +67,17 @@ def _split(number: int) -> str:
     return {7: "val", 8: "test"}.get(number % 9, "train")
 
 
-def _parts(seed: int, parts: int, size: int) -> Iterator[tuple[str, Surface]]:
+def _parts(seed: int, parts: int, size: int, materials: Sequence[str]) -> Iterator[tuple[str, Surface]]:
     """Materials in turn; a photograph that has no patch left is followed by drawn surfaces."""
     patches = {name: _patches(name, size) for name in PHOTOGRAPHS}
-    materials = (*PHOTOGRAPHS, *DRAWN)
+    drawable = [material for material in materials if material in _DRAWERS] or list(DRAWN)
     for number in range(parts):
         material = materials[number % len(materials)]
         patch = next(patches[material], None) if material in patches else None
         if patch is not None:
             yield material, patch
             continue
-        drawn = material if material in DRAWN else DRAWN[number % len(DRAWN)]
+        drawn = material if material in _DRAWERS else drawable[number % len(drawable)]
         yield drawn, _DRAWERS[drawn](size, generator_for(seed, drawn, number))
 
 
@@ -99,7 +106,33 @@ def _weave(size: int, generator: np.random.Generator) -> Surface:
     return _clipped(0.3 + 0.35 * np.where(over, warp, weft) + 0.02 * _noise(size, generator))
 
 
-_DRAWERS: dict[str, Callable[[int, np.random.Generator], Surface]] = {"metal": _brushed_metal, "weave": _weave}
+def _dead_leaves(size: int, generator: np.random.Generator) -> Surface:
+    """Discs of all sizes that hide each other: edges and flats as in photographs (Lee et al., IJCV 2001)."""
+    image = np.full((size, size), 0.5, np.float32)
+    contrast = generator.uniform(0.05, 0.3)
+    for _ in range(1500):
+        # Radii with density r**-3 between 1.5 px and a quarter of the side.
+        radius = 1.5 / np.sqrt(1 - generator.random() * (1 - (6 / size) ** 2))
+        y, x = generator.integers(0, size, 2)
+        cv2.circle(image, (int(x), int(y)), round(radius), float(generator.normal(0.5, contrast)), -1, cv2.LINE_AA)
+    grain = generator.uniform(0, 0.03) * ndimage.gaussian_filter(_noise(size, generator), generator.uniform(0.3, 1.2))
+    return _clipped(image + grain)
+
+
+def _cloud(size: int, generator: np.random.Generator) -> Surface:
+    """Noise whose spectrum falls by a power between 1 and 2, stretched along one axis."""
+    power, stretch = generator.uniform(1, 2), generator.uniform(1, 4)
+    y, x = np.meshgrid(np.fft.fftfreq(size), np.fft.rfftfreq(size) * stretch, indexing="ij")
+    spectrum = np.fft.rfft2(_noise(size, generator)) / np.maximum(np.hypot(y, x), 1 / size) ** power
+    return _clipped(generator.uniform(0.3, 0.7) + generator.uniform(0.04, 0.15) * _unit(np.fft.irfft2(spectrum)))
+
+
+_DRAWERS: dict[str, Callable[[int, np.random.Generator], Surface]] = {
+    "metal": _brushed_metal,
+    "weave": _weave,
+    "leaves": _dead_leaves,
+    "cloud": _cloud,
+}
 
 
 def _scratch(surface: Surface, generator: np.random.Generator) -> tuple[Surface, Mask]:
