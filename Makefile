@@ -13,7 +13,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3; do \
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: install
 install: $(STAMP) ## Make .venv with every dependency, by hash
@@ -42,6 +42,10 @@ format: $(STAMP) ## Rewrite the code in its one style
 lock: $(BIN)/uv ## Write requirements.lock anew from pyproject.toml; ARGS=--upgrade for newer versions
 	$(BIN)/uv pip compile pyproject.toml --extra dev --generate-hashes --python-version 3.11 \
 		--no-emit-index-url --no-header --quiet $(ARGS) -o requirements.lock
+
+.PHONY: bench-quality
+bench-quality: $(STAMP) ## Measure restoration on a folder of real tiles; ARGS="FOLDER --limit 20" shortens it
+	$(BIN)/python tests/benchmarks/bench_quality.py $(ARGS)
 
 .PHONY: down
 down: $(STAMP) ## Stop the local stack

@@ -1,22 +1,25 @@
 """The thin functions behind the command line: load, do, print what came of it."""
 
+import contextlib
 import json
 import sys
 import tempfile
+from collections.abc import Callable, Generator
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from kintsugi import cluster, imaging, local
+from kintsugi import cluster, local
 from kintsugi.config import ExperimentConfig, Split, load_config, with_values
-from kintsugi.errors import ConfigError, StoreError
+from kintsugi.errors import ConfigError, ModelNotFound, StoreError
 from kintsugi.storage import ObjectStore, open_store, store_uri_from_environment, write_atomically
 
 if TYPE_CHECKING:
+    from kintsugi.audit import Report
     from kintsugi.evaluation import Figure, Scorecard
     from kintsugi.registry import ModelVersion, Registry
 
@@ -138,37 +141,44 @@ def evaluate(
     dataset: Annotated[str | None, typer.Option(help="Default: the one it was trained on.")] = None,
     split: Annotated[str, typer.Option(help="train, val or test")] = "val",
     output: Annotated[Path | None, typer.Option(help="Write the scorecard as JSON.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a report for people, one HTML file.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the worst images as PNG.")] = None,
+    detector: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER|PACKAGE.MODULE:NAME", help="Also measure how well it finds the defects."),
+    ] = None,
+    survival: Annotated[bool, typer.Option(help="Also plant small defects and measure what is kept of them.")] = False,
     give_mask: Annotated[bool, typer.Option(help="Show the true defect mask to the model.")] = False,
-    limit: Annotated[int | None, typer.Option(help="Only the first images.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first images.")] = None,
     as_json: Json = False,
 ) -> None:
     """Score a published model on a dataset: degraded against restored."""
     from kintsugi.data.dataset import open_split
-    from kintsugi.evaluation import draw
+    from kintsugi.detection import load_detector
+    from kintsugi.evaluation import draw, planted_survival
     from kintsugi.evaluation import evaluate as score_images
+    from kintsugi.evaluation_report import write_report
     from kintsugi.restore import Restorer
 
     store = open_root_store()
     version, folder = _fetch(store, model)
     settings = load_config(folder / "config.yaml")
-    reference = dataset or settings.data.dataset
-    reader = open_split(store, reference, _split(split))
+    reference, part = dataset or settings.data.dataset, _split(split)
+    reader = open_split(store, reference, part)
+    finder = load_detector(detector) if detector else None
     restorer = Restorer.from_checkpoint(folder)
     card = score_images(
-        restorer,
-        reader,
-        settings,
-        dataset=reference,
-        split=_split(split),
-        model=version.ref,
-        give_mask=give_mask,
-        limit=limit,
-    )
+        restorer, reader, settings, dataset=reference, split=part, model=version.ref,
+        give_mask=give_mask, limit=limit, detector=finder,
+    )  # fmt: skip
+    if survival:
+        card = card.model_copy(update={"survival": planted_survival(restorer, reader, settings, limit=limit)})
     if output is not None:
         write_atomically(output, card.model_dump_json(indent=1).encode())
     if picture is not None:
         draw(restorer, reader, settings, card, picture, give_mask=give_mask)
+    if report is not None:
+        write_report(card, restorer, reader, settings, report, give_mask=give_mask)
     if as_json:
         print_json(card.model_dump(mode="json", exclude={"images"}))
         return
@@ -233,29 +243,75 @@ def models_rollback(
 
 
 def restore(
-    model: Model,
     image: Annotated[Path, typer.Argument(help="PNG, TIFF, JPEG or BMP; grey or RGB, 8 or 16 bit.")],
     output: Annotated[Path, typer.Argument(help="Where the restored image goes, in the same format.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="A checkpoint folder or a published model, as unet@production; default: the shipped one."),
+    ] = None,
     mask: Annotated[Path | None, typer.Option(help="Known defects: every value but 0.")] = None,
     white_level: Annotated[int | None, typer.Option(help="Full scale, for example 4095 for 12 bit in 16.")] = None,
-    force: Annotated[bool, typer.Option(help="Replace an existing output.")] = False,
+    defect_map: Annotated[
+        Path | None, typer.Option(help="Write where the model sees defects, as PNG or TIFF of 8 bits.")
+    ] = None,
+    ensemble: Annotated[str, typer.Option(help="none, flips (4 passes) or dihedral (8).")] = "none",
+    tile: Annotated[int, typer.Option(help="Side of a tile, px; changes memory and time, not the result.")] = 512,
+    force: Annotated[bool, typer.Option(help="Replace existing outputs.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Restore one image on this machine."""
-    from kintsugi.restore import Restorer
+    """Restore one image on this machine; a large TIFF passes in strips."""
+    for path in (output, defect_map):
+        if path is not None and path.exists() and not force:
+            raise ConfigError(f"{path} exists: choose another name, or add --force to replace it")
+    from kintsugi.files import restore_file
+    from kintsugi.restore import Restorer, RestoreSettings
 
-    if output.exists() and not force:
-        raise ConfigError(f"{output} exists: choose another name, or add --force to replace it")
-    version, folder = _fetch(open_root_store(), model)
-    source = imaging.decode(_read(image), white_level=white_level)
-    shown = imaging.decode_mask(_read(mask)) if mask else None
-    answer = Restorer.from_checkpoint(folder).restore(source, shown)
-    write_atomically(output, imaging.encode(answer.image))
+    label, digest, folder = _find_model(model)
+    settings = RestoreSettings(tile=tile, ensemble=cast(Any, ensemble))
+    restorer = Restorer.from_checkpoint(folder, settings=settings)
+    with _row_progress() as progress:
+        report = restore_file(
+            restorer, image, output, mask=mask, white_level=white_level, defect_map=defect_map, progress=progress
+        )
     if as_json:
-        print_json({"model": version.ref, "digest": version.digest, **answer.report.to_dict()})
+        print_json({"model": label, "digest": digest, **report.to_dict()})
         return
-    alarm = "  ALARM: look at this image" if answer.report.alarm else ""
-    say(f"{output}: {version.ref}, defect retention {answer.report.retention:.2f}{alarm}")
+    say(f"{output}: {label}, {_in_words(report)}")
+
+
+def _find_model(model: str | None) -> tuple[str, str, Path]:
+    """Name, digest and checkpoint folder of a folder, of a published model, or of the shipped weights."""
+    from kintsugi.checkpoint import load_checkpoint
+    from kintsugi.restore import shipped_weights
+
+    folder = shipped_weights() if model is None else Path(model)
+    if folder.is_dir():
+        return folder.name if model is None else str(folder), load_checkpoint(folder).digest, folder
+    assert model is not None
+    try:
+        version, folder = _fetch(open_root_store(), model)
+    except (ConfigError, ModelNotFound, StoreError) as error:
+        raise ModelNotFound(
+            f"--model {model} is no checkpoint folder, and no published model either: {error}"
+        ) from error
+    return version.ref, version.digest, folder
+
+
+def _in_words(report: "Report") -> str:
+    if report.abstained:
+        return f"left as it was: {report.abstained}"
+    kept = f"structure kept {report.retention:.2f}"
+    return f"{kept}  ALARM: {'; '.join(report.reasons)}: look at this image" if report.alarm else kept
+
+
+@contextlib.contextmanager
+def _row_progress() -> Generator[Callable[[int, int], None]]:
+    """A bar on the terminal, from the first call on."""
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("restoring", total=None, visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
 
 
 def pin_dataset(store: ObjectStore, config: ExperimentConfig) -> ExperimentConfig:
@@ -297,11 +353,18 @@ def print_scorecard(card: "Scorecard") -> None:
         ]
         note(f"{card.model} on {card.dataset.partition('@')[0]}/{card.split}, {len(card.images)} images, {title}:")
         print_table(("", "PSNR, dB", "SSIM", "defect PSNR, dB", "defect SSIM"), rows)
+    kept, invented = (card.overall.get(name) for name in ("contrast_kept", "background_invented"))
+    if kept and invented:
+        say(f"defect contrast kept {_change(kept)} at background invented {_change(invented, '.2%')}")
+    if (found := card.detectability) and found.recovered is not None:
+        say(f"detectability recovered {found.recovered:.0%}")
+    if found and found.restored_rise is not None:
+        say(f"defect-free images with new false alarms {found.restored_rise:.1%}")
     say(f"score {card.score:+.2f} dB: the smaller of the aligned gains in PSNR and in defect PSNR")
 
 
-def _change(figure: "Figure | None") -> str:
-    return f"{figure.degraded:.2f} → {figure.restored:.2f}" if figure else ""
+def _change(figure: "Figure | None", form: str = ".2f") -> str:
+    return f"{figure.degraded:{form}} → {figure.restored:{form}}" if figure else ""
 
 
 def _tell_published(version: "ModelVersion", card: "Scorecard", run: str, as_json: bool) -> None:
@@ -334,13 +397,6 @@ def _split(text: str) -> Split:
     if text not in ("train", "val", "test"):
         raise ConfigError(f"--split {text}: choose train, val or test")
     return text
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise StoreError(f"{path} cannot be read ({error.strerror}): check the path") from error
 
 
 def _short(value: Any) -> str:

@@ -34,8 +34,8 @@ _MAGIC: tuple[tuple[bytes, Format], ...] = (
     (b"\xff\xd8\xff", "jpeg"),
     (b"BM", "bmp"),
 )
-_NEGATIVE = ("photometric", "miniswhite")
-_DEPTHS = (np.uint8, np.uint16)
+NEGATIVE = ("photometric", "miniswhite")
+DEPTHS = (np.uint8, np.uint16)
 _PILLOW_MODES = {"L": "grey", "RGB": "rgb", "1": "black and white", "P": "palette"}
 _PNG_MODES = {0: "grey", 2: "rgb", 3: "palette", 4: "grey with alpha", 6: "rgb with alpha"}
 
@@ -44,8 +44,9 @@ _PNG_MODES = {0: "grey", 2: "rgb", 3: "palette", 4: "grey with alpha", 6: "rgb w
 class Image:
     """Pixels as the file held them.
 
-    `pixels` is (H, W) or (H, W, 3) in RGB order, uint8 or uint16; `white_level` is the value of full
-    scale; `tags` holds what the encoder needs to answer in kind (TIFF compression and photometric).
+    `pixels` is (H, W) or (H, W, 3) in RGB order, uint8 or uint16; an image made in Python may have any number
+    of channels. `white_level` is the value of full scale; `tags` holds what the encoder needs to answer in kind
+    (TIFF compression and photometric).
     """
 
     pixels: Pixels
@@ -60,12 +61,16 @@ class Image:
 
     @property
     def channels(self) -> int:
-        return 1 if self.pixels.ndim == 2 else 3
+        return 1 if self.pixels.ndim == 2 else self.pixels.shape[2]
 
     @property
     def bit_depth(self) -> int:
         """Bits of a sample in the container: 8 or 16."""
         return self.pixels.dtype.itemsize * 8
+
+    def rows(self, start: int, stop: int) -> "Image":
+        """A band of the image, not copied."""
+        return replace(self, pixels=self.pixels[start:stop])
 
     def to_unit(self) -> NDArray[np.float32]:
         """float32 in [0, 1], 0 is black, shaped as `pixels`."""
@@ -84,7 +89,7 @@ class Image:
 
     @property
     def _stores_negative(self) -> bool:
-        return _NEGATIVE in self.tags
+        return NEGATIVE in self.tags
 
 
 def decode(data: bytes, *, white_level: int | None = None, max_pixels: int = MAX_PIXELS) -> Image:
@@ -99,16 +104,40 @@ def decode(data: bytes, *, white_level: int | None = None, max_pixels: int = MAX
     else:
         _check_header(data, kind, max_pixels)
         pixels, tags = _decode_with_opencv(data, kind), ()
-    full_scale = int(np.iinfo(pixels.dtype).max)
-    level = full_scale if white_level is None else white_level
-    if not 1 <= level <= full_scale:
-        raise ImageError("over_white_level", f"white level {level} does not fit {pixels.dtype}: give 1 to {full_scale}")
-    if white_level is not None and int(pixels.max()) > level:
+    image = Image(pixels, kind, fitting_white_level(pixels.dtype, white_level), tags)
+    check_pixels(image)
+    return image
+
+
+def fitting_white_level(dtype: np.dtype[Any], white_level: int | None) -> int:
+    """The white level to use with samples of `dtype`; by default all that they can hold.
+
+    Raises:
+        ImageError: it does not fit.
+    """
+    full_scale = int(np.iinfo(dtype).max)
+    if white_level is not None and not 1 <= white_level <= full_scale:
+        raise ImageError("over_white_level", f"white level {white_level} does not fit {dtype}: give 1 to {full_scale}")
+    return full_scale if white_level is None else white_level
+
+
+def check_pixels(image: Image) -> None:
+    """Raise ImageError for samples that are no uint8 or uint16 (floats may hide NaN), or above the white level."""
+    dtype: np.dtype[Any] = image.pixels.dtype
+    if dtype.type not in DEPTHS or image.pixels.ndim not in (2, 3) or image.pixels.size == 0:
+        raise ImageError(
+            "unsupported_mode",
+            f"pixels of type {dtype} and shape {image.pixels.shape} are not restored: give uint8 or uint16 of shape "
+            "(height, width) or (height, width, channels)",
+        )
+    fitting_white_level(dtype, image.white_level)
+    brightest = int(image.pixels.max())
+    if brightest > image.white_level:
         raise ImageError(
             "over_white_level",
-            f"the image holds {int(pixels.max())}, above the white level {level}: give the right one",
+            f"the image holds {brightest}, above the white level {image.white_level}: give the camera's own "
+            f"white level, at least {brightest}, or none for all {image.bit_depth} bits",
         )
-    return Image(pixels, kind, level, tags)
 
 
 def decode_mask(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.bool_]:
@@ -118,11 +147,11 @@ def decode_mask(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.bool
     """
     kind = sniff(data)
     if kind == "tiff":
-        pixels, tags = _decode_tiff(data, max_pixels, (*_DEPTHS, np.bool_))
-        pixels = ~pixels if _NEGATIVE in tags else pixels
+        pixels, tags = _decode_tiff(data, max_pixels, (*DEPTHS, np.bool_))
+        pixels = ~pixels if NEGATIVE in tags else pixels
     else:
         with _header(data, kind) as header:
-            _check_size(header.height, header.width, max_pixels)
+            check_size(header.height, header.width, max_pixels)
         pixels = _opencv(data)
         # Alpha, where a drawing tool left it, says nothing about defects.
         pixels = pixels[..., :3] if pixels.ndim == 3 else pixels
@@ -132,6 +161,8 @@ def decode_mask(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.bool
 
 def encode(image: Image, *, quality: int = 100) -> bytes:
     """Write the image in its own format: lossless, except JPEG, which is written at `quality` in 4:4:4."""
+    if image.channels not in (1, 3):
+        raise ImageError("unsupported_mode", f"an image of {image.channels} channels fits no file: grey and RGB do")
     if image.format == "tiff":
         return _encode_tiff(image)
     if image.bit_depth == 16 and image.format != "png":
@@ -161,7 +192,7 @@ def convert(image: Image, kind: Format) -> Image:
     """The same picture for another container."""
     if kind not in get_args(Format):
         raise ImageError("unsupported_format", f"{kind} is not a format: use png, tiff, jpeg or bmp")
-    pixels = image.white_level - image.pixels if _NEGATIVE in image.tags else image.pixels
+    pixels = image.white_level - image.pixels if NEGATIVE in image.tags else image.pixels
     return replace(image, pixels=pixels.astype(image.pixels.dtype), format=kind, tags=())
 
 
@@ -195,7 +226,7 @@ def _opencv(data: bytes) -> Any:
 def _check_header(data: bytes, kind: Format, max_pixels: int) -> None:
     """Refuse by the header alone what is too large or would not come back as it is."""
     with _header(data, kind) as header:
-        _check_size(header.height, header.width, max_pixels)
+        check_size(header.height, header.width, max_pixels)
         if getattr(header, "is_animated", False):
             raise ImageError("unsupported_mode", f"a {kind} of several pictures is not restored: send them one by one")
         if kind == "png":
@@ -243,7 +274,7 @@ def _bmp_bits(data: bytes) -> int:
     return int.from_bytes(data[at : at + 2], "little")
 
 
-def _check_size(height: int, width: int, max_pixels: int) -> None:
+def check_size(height: int, width: int, max_pixels: int) -> None:
     if height < 1 or width < 1:
         raise ImageError("undecodable", f"an image of {width} x {height} px holds nothing")
     if height * width > max_pixels:
@@ -253,7 +284,7 @@ def _check_size(height: int, width: int, max_pixels: int) -> None:
 
 
 def _decode_tiff(
-    data: bytes, max_pixels: int, depths: tuple[type[np.generic], ...] = _DEPTHS
+    data: bytes, max_pixels: int, depths: tuple[type[np.generic], ...] = DEPTHS
 ) -> tuple[Any, tuple[tuple[str, str], ...]]:
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as tiff:
@@ -264,7 +295,7 @@ def _decode_tiff(
                     "unsupported_mode", f"a TIFF of {len(tiff.pages)} pages is not restored: send them one by one"
                 )
             page: Any = tiff.pages[0]
-            _check_tiff_page(page, max_pixels, depths)
+            check_tiff_page(page, max_pixels, depths)
             tags = ("compression", page.compression.name.lower()), ("photometric", page.photometric.name.lower())
             pixels: Any = page.asarray()
     except ImageError:
@@ -276,10 +307,11 @@ def _decode_tiff(
     return np.ascontiguousarray(pixels), tags
 
 
-def _check_tiff_page(page: Any, max_pixels: int, depths: tuple[type[np.generic], ...]) -> None:
-    _check_size(page.imagelength, page.imagewidth, max_pixels)
+def check_tiff_page(page: Any, max_pixels: int, depths: tuple[type[np.generic], ...]) -> None:
+    """Refuse by the tags alone what is too large or would not come back as it is."""
+    check_size(page.imagelength, page.imagewidth, max_pixels)
     # A tile may claim to be far larger than the image that it belongs to, and is decompressed whole.
-    _check_size(page.tilelength or 1, page.tilewidth or 1, max(max_pixels, 4096 * 4096))
+    check_size(page.tilelength or 1, page.tilewidth or 1, max(max_pixels, 4096 * 4096))
     mode, samples, bits = page.photometric.name.lower(), page.samplesperpixel, page.bitspersample
     known = samples == 3 if mode == "rgb" else samples == 1 and mode in ("minisblack", "miniswhite")
     if not known or page.imagedepth != 1 or page.dtype not in depths or bits not in (1, 8, 16):
@@ -290,17 +322,19 @@ def _check_tiff_page(page: Any, max_pixels: int, depths: tuple[type[np.generic],
         )
 
 
-def _encode_tiff(image: Image) -> bytes:
+def tiff_options(image: Image) -> dict[str, Any]:
+    """How tifffile shall write an image so that it answers in kind, and without loss."""
     tags = dict(image.tags)
-    photometric = tags.get("photometric", "rgb" if image.channels == 3 else "minisblack")
     wanted = tags.get("compression", "adobe_deflate")
     lossless = {"none": None, "lzw": "lzw", "zstd": "zstd", "packbits": "packbits"}
+    return {
+        "photometric": tags.get("photometric", "rgb" if image.channels == 3 else "minisblack"),
+        "compression": lossless.get(wanted, "adobe_deflate"),
+        "metadata": None,
+    }
+
+
+def _encode_tiff(image: Image) -> bytes:
     buffer = io.BytesIO()
-    tifffile.imwrite(
-        buffer,
-        image.pixels,
-        photometric=photometric,
-        compression=lossless.get(wanted, "adobe_deflate"),
-        metadata=None,
-    )
+    tifffile.imwrite(buffer, image.pixels, **tiff_options(image))
     return buffer.getvalue()

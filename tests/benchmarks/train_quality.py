@@ -64,7 +64,7 @@ def _seconds(out: Path) -> float:
     return float(json.loads(log.read_text().splitlines()[-1])["seconds"]) if log.exists() else 0.0
 
 
-def _replace(folder: Path, write) -> None:  # noqa: ANN001
+def _replace(folder: Path, write) -> None:
     fresh = folder.with_name(f".{folder.name}-new")
     shutil.rmtree(fresh, ignore_errors=True)
     write(fresh)

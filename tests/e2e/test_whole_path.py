@@ -185,7 +185,7 @@ def test_the_endpoint_and_the_command_line_give_the_same_bytes(machine: Machine,
     pixels = (np.random.default_rng(1).random((64, 90)) * 255).astype(np.uint8)
     source, target = tmp_path / "in.png", tmp_path / "out.png"
     source.write_bytes(imaging.encode(imaging.Image(pixels)))
-    machine.run("restore", "unet@production", str(source), str(target))
+    machine.run("restore", str(source), str(target), "--model", "unet@production")
     answer = httpx.post(f"{endpoint}/v1/restore", content=source.read_bytes(), timeout=60)
     assert answer.content == target.read_bytes()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kintsugi import cli, imaging
+from kintsugi import cli, imaging, restore
 from kintsugi.checkpoint import save_checkpoint
 from kintsugi.config import ExperimentConfig, with_values
 from kintsugi.models import build_model
@@ -43,22 +43,59 @@ def test_restore_writes_the_same_kind_of_file_and_never_replaces_one_unasked(
     source, target = tmp_path / "in.tiff", tmp_path / "out.tiff"
     pixels = (np.random.default_rng(0).random((40, 30)) * 4095).astype(np.uint16)
     source.write_bytes(imaging.encode(imaging.Image(pixels, "tiff", 65535)))
-    assert run("restore", model, str(source), str(target), "--white-level", "4095", "--json") == 0
+    assert run("restore", str(source), str(target), "--model", model, "--white-level", "4095", "--json") == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["model"] == model and 0 <= report["retention"] <= 1
     back = imaging.decode(target.read_bytes())
     assert (back.format, back.size, back.bit_depth) == ("tiff", (40, 30), 16)
-    assert run("restore", model, str(source), str(target)) == 1
+    assert run("restore", str(source), str(target), "--model", model) == 1
     assert "--force" in capsys.readouterr().err
-    assert run("restore", model, str(source), str(target), "--force") == 0
+    assert run("restore", str(source), str(target), "--model", model, "--force") == 0
 
 
 def test_a_white_level_below_the_image_is_told(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "in.png"
     source.write_bytes(imaging.encode(imaging.Image(np.full((8, 8), 5000, np.uint16), "png", 65535)))
-    assert run("restore", model, str(source), str(tmp_path / "out.png"), "--white-level", "4095") == 1
+    assert run("restore", str(source), str(tmp_path / "out.png"), "--model", model, "--white-level", "4095") == 1
     assert "5000" in capsys.readouterr().err
     assert not (tmp_path / "out.png").exists()
+
+
+def test_restore_takes_a_checkpoint_folder_and_the_options_of_a_pass(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target, folder = tmp_path / "in.png", tmp_path / "out.png", str(tmp_path / "checkpoint")
+    source.write_bytes(imaging.encode(imaging.Image(np.full((30, 40), 90, np.uint8))))
+    options = ("--model", folder, "--ensemble", "flips", "--tile", "16", "--json")
+    assert run("restore", str(source), str(target), *options) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["model"] == folder
+    assert run("restore", str(source), str(target), "--model", folder, "--ensemble", "some", "--force") == 1
+    assert "dihedral" in capsys.readouterr().err
+    assert run("restore", str(source), str(target), "--model", folder, "--defect-map", "map.png", "--force") == 1
+    assert "model.mask=predicted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["nothing", "no/such/folder", "unet@staging"])
+def test_a_model_that_is_neither_folder_nor_published_is_told(
+    model: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("restore", "in.png", str(tmp_path / "out.png"), "--model", name) == 1
+    told = capsys.readouterr().err
+    assert f"--model {name} is no checkpoint folder" in told and "Traceback" not in told
+
+
+def test_without_a_model_the_shipped_weights_are_used(
+    tmp_path: Path, tiny_config: ExperimentConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restore.resources, "files", lambda package: tmp_path / package)
+    source = tmp_path / "in.png"
+    source.write_bytes(imaging.encode(imaging.Image(np.full((30, 40), 90, np.uint8))))
+    assert run("restore", str(source), str(tmp_path / "out.png")) == 1
+    assert "comes without weights" in capsys.readouterr().err
+    folder = tmp_path / "kintsugi/weights/light"
+    save_checkpoint(folder, build_model(tiny_config.model), tiny_config, {"score": 1.0}, {})
+    assert run("restore", str(source), str(tmp_path / "out.png")) == 0
+    assert imaging.decode((tmp_path / "out.png").read_bytes()).size == (30, 40)
 
 
 def test_models_are_promoted_listed_and_shown(model: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,6 +116,23 @@ def test_evaluate_prints_a_scorecard_and_writes_what_was_asked_for(
     assert "score +0.00 dB" in capsys.readouterr().out
     assert json.loads((tmp_path / "card.json").read_text())["split"] == "test"
     assert (tmp_path / "worst.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate_takes_the_users_own_detector_and_writes_a_report(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "finder_of_mine.py").write_text("def darkness(image):\n    return 1 - image.to_unit()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    report = tmp_path / "report.html"
+    words = ("evaluate", model, "--detector", "finder_of_mine:darkness", "--report", str(report))
+    assert run(*words) == 0
+    told = capsys.readouterr().out
+    assert "detectability recovered 0%" in told and "defect contrast kept" in told
+    assert 'class="strip"' in report.read_text()
+    assert run("evaluate", model, "--detector", "finder_of_mine:nothing") == 1
+    assert "finder_of_mine:nothing" in capsys.readouterr().err
+    assert run("evaluate", model, "--survival", "--limit", "1") == 1
+    assert "defect-free" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from kintsugi.config import Split
 from kintsugi.data.degradation import PRESETS, generator_for
 from kintsugi.data.layouts import SPLITS, BadPair, check, read_unchecked
 from kintsugi.data.sample import RawSample, Sample, decode_sample
-from kintsugi.data.shards import IMAGES, TEXT, ShardWriters, as_row, fetch_shards
+from kintsugi.data.shards import IMAGES, LATER, TEXT, ShardWriters, as_row, fetch_shards
 from kintsugi.errors import DataError, IntegrityError
 from kintsugi.manifest import MANIFEST, Manifest, make_manifest, put_folder, read_manifest
 from kintsugi.pictures import overlay, picture_grid
@@ -197,7 +197,8 @@ class SplitReader:
                 raise IntegrityError(
                     f"{row['sample_id']} in {self.path} is damaged: delete that file to fetch it again"
                 )
-        fields = {key: row[key] for key in (*TEXT, *IMAGES, "white_level")}
+        fields: dict[str, Any] = {key: row[key] for key in (*TEXT, *IMAGES, "white_level")}
+        fields.update((name, row.get(name)) for name in LATER)
         return RawSample(**fields)
 
     def sample(self, index: int) -> Sample:

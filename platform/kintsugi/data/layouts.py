@@ -40,6 +40,7 @@ class Label:
     defect_type: str | None = None
     split: Split | None = None
     white_level: int | None = None
+    preset: str | None = None
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,9 @@ def _read(trio: Trio) -> RawSample | BadPair:
         defect_type = trio.label.defect_type or _defect_type(mask)
         label = trio.label
         return RawSample(
-            trio.name, label.part_id, label.category, defect_type, label.split, clean, mask, degraded, label.white_level
-        )
+            trio.name, label.part_id, label.category, defect_type, label.split, clean, mask, degraded,
+            label.white_level, None if degraded is None else label.preset,
+        )  # fmt: skip
     except OSError as error:
         return BadPair(trio.name, f"a file cannot be read ({error.strerror})")
     except DataError as error:
@@ -169,8 +171,8 @@ def _read_pairs(folder: Path) -> Iterator[Trio | BadPair]:
     """`clean/`, and `degraded/` and `mask/` where there are such, joined by name; below `train/ val/ test/` if split.
 
     `manifest.csv` beside them may give, for each `name`: part (or group), category, defect_type, split,
-    white_level; role `unlabelled` marks an image that nobody vouches for. Without a defect_type the category
-    serves if it names the good ones too, else the mask tells.
+    white_level, preset (how the degraded image was made); role `unlabelled` marks an image that nobody vouches for.
+    Without a defect_type the category serves if it names the good ones too, else the mask tells.
     """
     roots: list[tuple[Path, Split | None]] = [*((folder / split, split) for split in SPLITS), (folder, None)]
     if not any((root / "clean").is_dir() for root, _ in roots):
@@ -235,6 +237,7 @@ def _label(name: str, row: Mapping[str, str], defect_type: str, path: Path) -> L
         defect_type=UNLABELLED if row.get("role") == UNLABELLED else _normal(defect_type) or None,
         split=next((known for known in SPLITS if known == split), None),
         white_level=int(level) if level else None,
+        preset=row.get("preset") or None,
     )
 
 

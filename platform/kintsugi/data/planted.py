@@ -81,4 +81,4 @@ def _drawn(image: Unit, points: list[NDArray[np.float64]], width: float) -> NDAr
 
 def _blend(image: Unit, cover: NDArray[np.float32], contrast: float) -> tuple[Unit, Mask]:
     added = np.float32(contrast) * (cover if image.ndim == 2 else cover[..., None])
-    return np.clip(image + added, 0, 1), cover >= min(0.5, float(cover.max()))
+    return np.clip(image + added, 0, 1).astype(np.float32), cover >= min(0.5, float(cover.max()))

@@ -19,6 +19,7 @@ class RawSample:
 
     `defect_type` is `good` for a defect-free image and `unlabelled` where nobody looked. `mask` is None
     where no file says where the defect is. `white_level` is None where the container's full scale is meant.
+    `preset` names how the degraded image was made, None where nobody says.
     """
 
     sample_id: str
@@ -30,6 +31,7 @@ class RawSample:
     mask: bytes | None
     degraded: bytes | None
     white_level: int | None = None
+    preset: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +46,7 @@ class Sample:
     mask: NDArray[np.bool_]
     degraded: Image | None
     mask_known: bool = True
+    preset: str | None = None
 
 
 def decode_sample(raw: RawSample) -> Sample:
@@ -61,7 +64,7 @@ def decode_sample(raw: RawSample) -> Sample:
     if raw.mask is not None:
         _check_mask(mask, clean, raw.defect_type)
     known = raw.defect_type == GOOD or (raw.mask is not None and raw.defect_type != UNLABELLED)
-    return Sample(raw.sample_id, raw.part_id, raw.category, raw.defect_type, clean, mask, degraded, known)
+    return Sample(raw.sample_id, raw.part_id, raw.category, raw.defect_type, clean, mask, degraded, known, raw.preset)
 
 
 def _check_pair(clean: Image, degraded: Image) -> None:

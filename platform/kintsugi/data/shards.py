@@ -15,6 +15,8 @@ from kintsugi.manifest import Manifest, get_verified
 from kintsugi.storage import ObjectStore, sha256
 
 TEXT = ("sample_id", "part_id", "category", "defect_type", "split")
+LATER = ("preset",)
+"""Text that may be missing, also as a column: datasets published before it was known stay readable."""
 IMAGES = ("clean", "degraded", "mask")
 _NUMBERS = ("height", "width", "channels", "bit_depth", "white_level")
 SCHEMA = pa.schema(
@@ -22,6 +24,7 @@ SCHEMA = pa.schema(
     + [pa.field(name, pa.binary(), nullable=name != "clean") for name in IMAGES]
     + [pa.field(name, pa.int32(), nullable=False) for name in _NUMBERS]
     + [pa.field(f"{name}_sha256", pa.string(), nullable=name != "clean") for name in IMAGES]
+    + [pa.field(name, pa.string()) for name in LATER]
 )
 # pyarrow's stubs know only the flag, its documentation the list of columns too.
 _DICTIONARIES: Any = ["category", "defect_type", "split"]
@@ -31,7 +34,7 @@ _SHARD_BYTES = 256 << 20
 
 def as_row(raw: RawSample, sample: Sample) -> dict[str, Any]:
     height, width = sample.clean.size
-    row: dict[str, Any] = {name: getattr(raw, name) for name in (*TEXT, *IMAGES)}
+    row: dict[str, Any] = {name: getattr(raw, name) for name in (*TEXT, *LATER, *IMAGES)}
     row |= {f"{name}_sha256": None if row[name] is None else sha256(row[name]) for name in IMAGES}
     row |= {"height": height, "width": width, "channels": sample.clean.channels}
     return row | {"bit_depth": sample.clean.bit_depth, "white_level": sample.clean.white_level}
@@ -107,4 +110,8 @@ def fetch_shards(store: ObjectStore, prefix: str, manifest: Manifest, shards: Se
 def _copy_shard(shard: Path, writer: pa.RecordBatchFileWriter) -> None:
     with pq.ParquetFile(shard) as parquet:
         for group in range(parquet.num_row_groups):
-            writer.write_table(parquet.read_row_group(group).cast(SCHEMA))
+            table = parquet.read_row_group(group)
+            for name in LATER:
+                if name not in table.column_names:
+                    table = table.append_column(name, pa.nulls(len(table), pa.string()))
+            writer.write_table(table.select(SCHEMA.names).cast(SCHEMA))

@@ -1,6 +1,7 @@
 """The half of the UNet that goes down: our own stages, or a timm model's."""
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -89,10 +90,10 @@ def _timm_trunk(config: ModelConfig) -> tuple[nn.Module, list[int]]:
     assert config.encoder is not None
     strides = [2**level for level in range(1, config.levels + 1)]
     try:
-        probe = timm.create_model(config.encoder, pretrained=False, features_only=True)
+        probe: Any = timm.create_model(config.encoder, pretrained=False, features_only=True)
         reductions = list(probe.feature_info.reduction())
         places = tuple(reductions.index(stride) for stride in strides)
-        trunk = timm.create_model(
+        trunk: Any = timm.create_model(
             config.encoder, pretrained=False, features_only=True, in_chans=config.base, out_indices=places
         )
     except (RuntimeError, ValueError, AttributeError, TypeError) as error:

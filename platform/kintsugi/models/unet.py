@@ -87,7 +87,9 @@ class RestorationUNet(nn.Module):
         out = self._blend(features, shown, known, logits)
         error = F.softplus(self._unfold(self.error_head(features.detach()))) / 16 if config.error else None
         restored = out + padded if config.residual else out
-        return Prediction(*(None if part is None else part[..., :height, :width] for part in (restored, logits, error)))
+        rows, columns = slice(height), slice(width)
+        cut = (None if part is None else part[..., rows, columns] for part in (logits, error))
+        return Prediction(restored[..., rows, columns], *cut)
 
     def _features(self, folded: Tensor) -> Tensor:
         *skipped, features = self.encoder(folded)

@@ -85,7 +85,7 @@ def build_state(config: ExperimentConfig, dataset_digest: str, device: torch.dev
     model = build_model(config.model)
     load_encoder_weights(model.encoder, config.model)
     # Convolutions run faster with channels last: by a quarter on a CPU, more on tensor cores.
-    model = model.to(device, memory_format=torch.channels_last)
+    model = model.to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     optim = config.optim
     optimizer = AdamW(model.parameters(), lr=optim.learning_rate, weight_decay=optim.weight_decay)
     scheduler = CosineAnnealingWarmRestarts(
@@ -101,6 +101,7 @@ def _warm_average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor],
     @torch.no_grad()
     def update(averages: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
         steps = int(count)
-        torch._foreach_lerp_(list(averages), list(current), 1 - min(decay, (1 + steps) / (10 + steps)))
+        for average, value in zip(averages, current, strict=True):
+            average.lerp_(value, 1 - min(decay, (1 + steps) / (10 + steps)))
 
     return update

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kintsugi.data import shards
 from kintsugi.data.dataset import build_dataset, contact_sheet, inspect_dataset, open_split, resolve_dataset
 from kintsugi.data.layouts import SPLITS
 from kintsugi.errors import DataError, IntegrityError
@@ -314,3 +316,34 @@ def test_an_index_outside_the_split_is_an_error(store: MemoryStore, pairs: Pairs
     for index in (2, -1):
         with pytest.raises(IndexError):
             reader.raw(index)
+
+
+def with_presets(folder: Path) -> Path:
+    """Give each image of a folder of pairs a degraded one, by the preset of its number."""
+    shutil.copytree(folder / "clean", folder / "degraded")
+    head, *lines = (folder / "manifest.csv").read_text().splitlines()
+    named = [f"{line},{('kla', 'noise', '')[i % 3]}" for i, line in enumerate(lines)]
+    (folder / "manifest.csv").write_text("\n".join([head + ",preset", *named]))
+    return folder
+
+
+def test_the_preset_of_each_image_comes_back(store: MemoryStore, pairs: Pairs, cache: Path) -> None:
+    report = build_dataset("pairs", with_presets(pairs(2)), "steel", store, fractions=(1, 0, 0))
+    reader = open_split(store, report.ref, "train", cache)
+    found = dict(zip(reader.sample_ids, (reader.sample(i).preset for i in range(4)), strict=True))
+    assert found == {"p00-0": "kla", "p00-1": "noise", "p01-0": None, "p01-1": "kla"}
+
+
+def test_a_dataset_and_a_local_copy_from_before_presets_still_open(
+    store: MemoryStore, pairs: Pairs, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = shards.SCHEMA
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "SCHEMA", now.remove(now.get_field_index("preset")))
+        patch.setattr(shards, "LATER", ())
+        ref = build_dataset("pairs", with_presets(pairs(2)), "steel", store, fractions=(1, 0, 0)).ref
+        open_split(store, ref, "train", cache)
+    for place in (cache, cache.with_name("fresh")):
+        reader = open_split(store, ref, "train", place)
+        assert [reader.raw(index).preset for index in range(len(reader))] == [None] * 4
+        assert reader.sample(0).clean.size == (24, 32)

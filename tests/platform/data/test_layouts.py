@@ -115,6 +115,18 @@ def test_the_manifest_of_pairs_gives_part_category_defect_split_and_white_level(
     assert raw.white_level == 4095
 
 
+def test_the_manifest_of_pairs_names_the_preset_of_a_degraded_image_that_is_there(
+    tmp_path: Path, write: Write, picture: Picture
+) -> None:
+    for split, name in (("val", "a"), ("val", "b"), ("train", "c")):
+        write(f"{split}/clean/{name}.png", picture(1))
+        if split == "val":
+            write(f"{split}/degraded/{name}.png", picture(2))
+    (tmp_path / "manifest.csv").write_text("name,split,preset\na,val,lowlight\nb,val,\nc,train,kla\n")
+    found = read("pairs", tmp_path)[0]
+    assert {name: decode_sample(raw).preset for name, raw in found.items()} == {"a": "lowlight", "b": None, "c": None}
+
+
 def test_a_category_names_the_defect_only_where_it_names_the_good_images_too(
     tmp_path: Path, write: Write, picture: Picture, spot: np.ndarray
 ) -> None:

@@ -148,7 +148,7 @@ def test_a_timm_encoder_starts_from_the_weights_of_a_file(tmp_path: pytest.TempP
     load_encoder_weights(model.encoder, model.config)
     assert torch.equal(model.encoder.trunk.layer1[0].conv1.weight, weights["layer1.0.conv1.weight"])
     other = make(encoder="resnet34", encoder_weights=file)
-    with pytest.raises(ConfigError, match="fits .* of the .* tensors of resnet34"):
+    with pytest.raises(ConfigError, match=r"fits .* of the .* tensors of resnet34"):
         load_encoder_weights(other.encoder, other.config)
     gone = make(encoder="resnet18", encoder_weights=f"{tmp_path}/none.pth")
     with pytest.raises(ConfigError, match="cannot be read"):
