@@ -26,6 +26,8 @@ Vector = NDArray[np.float64]
 
 _TEXTURE = 10
 """Leading input statistics that do not depend on exposure."""
+_SLACK = 1.4
+"""An image is unfamiliar this much beyond what training inputs reach: new parts scatter more than known ones."""
 _LEAST_SIDE = 16
 """Images below this many px a side have no statistics."""
 
@@ -33,11 +35,12 @@ _LEAST_SIDE = 16
 class TrustLimits(BaseModel):
     """Where the alarm is raised; the fields are `Trust`'s. Travels with a model, since restorers differ.
 
-    The defaults let 95% of good restorations of magnetic tiles pass: clean originals and non-local means.
+    The default score lies between those that 95% of perfect restorations of magnetic tiles (5) and of non-local means
+    of them (9) stay under; `calibrate` finds the model's own.
     """
 
     model_config = ConfigDict(frozen=True)
-    max_alarm_score: float = 6.0
+    max_alarm_score: float = 7.0
     min_retention: float = 0.0
     min_local_retention: float = 0.0
     max_expected_error: float | None = None
@@ -129,9 +132,9 @@ def calibrate(
 ) -> TrustLimits:
     """Limits that restorations known to be good pass, but for a share of `target_false_alarm`.
 
-    Split conformal: the limit is the k-th smallest score with k = ceil((n + 1)(1 - target)), so that the share
+    Split conformal: the limit is the k-th smallest of n scores with k = ceil((n + 1)(1 - target)), so that the share
     holds for new images of the same kind (Vovk et al. 2005; Angelopoulos and Bates 2022). With `groups` every
-    group weighs the same, since images of one part are not independent.
+    group weighs the same, so that one part photographed often does not set the limit.
 
     Raises:
         DataError: there are no scores.
@@ -146,8 +149,8 @@ def _conformal_quantile(values: Vector, groups: Sequence[str] | None, level: flo
     _, index = np.unique(np.arange(len(values)) if groups is None else np.asarray(groups), return_inverse=True)
     weight = 1 / np.bincount(index)[index]
     order = np.argsort(values)
-    total = weight.sum()
-    reached = np.searchsorted(np.cumsum(weight[order]), min(level * (total + 1), total) - 1e-9)
+    share = min(level * (len(values) + 1) / len(values), 1.0)
+    reached = np.searchsorted(np.cumsum(weight[order]), share * weight.sum() - 1e-9)
     return float(values[order][min(int(reached), len(values) - 1)])
 
 
@@ -241,7 +244,8 @@ def fit_profile(
 ) -> InputProfile:
     """Describe training inputs, and clean images where there are some (50 or more of each make it reliable).
 
-    The clean cloud ends where degraded images begin: where the two mix, an image passes for degraded.
+    The clean cloud ends where degraded images begin: where the two mix, an image passes for degraded. So leave out
+    of `degraded` what was not degraded at all.
 
     Raises:
         DataError: fewer than two images of at least 16 px a side.
@@ -249,6 +253,7 @@ def fit_profile(
     seen = [input_statistics(image) for image in degraded if min(image.shape[:2]) >= _LEAST_SIDE]
     originals = [input_statistics(image)[:_TEXTURE] for image in clean if min(image.shape[:2]) >= _LEAST_SIDE]
     around = _cloud(seen, 1 - target_unfamiliar)
+    around = around.model_copy(update={"limit": _SLACK * around.limit})
     if not originals:
         return InputProfile(degraded=around)
     pure = _cloud(originals, 1 - target_clean_missed)
@@ -292,8 +297,11 @@ def abstain_reason(image: Unit, profile: InputProfile) -> str | None:
 
 
 def input_statistics(image: Unit) -> Vector:
-    """Texture (logarithms of its strength at five finenesses, the strength of an 8 px grid as JPEG leaves it, and
-    correlation of the fine texture at 1 and 2 px down and across), then brightness and the share at either end."""
+    """Texture, then brightness and the shares clipped at either end.
+
+    Of texture: logarithms of its strength at five finenesses, that of an 8 px grid as JPEG leaves it, and how far
+    the fine one is correlated at 1 and 2 px down and across.
+    """
     grey = np.ascontiguousarray(image if image.ndim == 2 else image.mean(axis=2, dtype=np.float32))
     pyramid = [grey, *(blur(grey, sigma) for sigma in (0.7, 1.4, 2.8, 5.6))]
     strengths = [white_noise(grey), *(median(np.abs(a - b)) / MAD for a, b in pairwise(pyramid))]
@@ -302,8 +310,8 @@ def input_statistics(image: Unit) -> Vector:
     lagged = [(fine[n:] * fine[:-n]).mean() / power for n in (1, 2)]
     lagged += [(fine[:, n:] * fine[:, :-n]).mean() / power for n in (1, 2)]
     grid = max(_grid(grey), _grid(grey.T))
-    ends = (grey <= 1.5 / 255).mean(), (grey >= 253.5 / 255).mean()
-    return np.array([*np.log(np.array(strengths) + 3e-4), grid, *lagged, grey.mean(), *ends], np.float64)
+    ends = np.array([(grey <= 1.5 / 255).mean(), (grey >= 253.5 / 255).mean()])
+    return np.array([*np.log(np.array(strengths) + 3e-4), grid, *lagged, grey.mean(), *np.log(ends + 0.02)], np.float64)
 
 
 def _grid(image: Unit) -> float:

@@ -35,7 +35,7 @@ def test_the_folder_alone_rebuilds_the_model(tmp_path: Path, tiny_config: Experi
     image = torch.rand(1, 1, 32, 32)
     assert found.config == tiny_config
     assert (found.metrics, found.card) == ({"score": 1.5}, {"dataset_digest": "d"})
-    assert torch.equal(load_model(found)(image), model.eval()(image))
+    assert torch.equal(load_model(found)(image).image, model.eval()(image).image)
     assert load_train_state(found)["epoch"] == 3
 
 

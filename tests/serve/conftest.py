@@ -16,7 +16,7 @@ from kintsugi_serve.replica import Decoded, Infer, Inferred
 from kintsugi_serve.schemas import Answer, Job, LoadedModel, Rejection, Settings
 
 VERSION = LoadedModel("unet", 3, "d" * 64)
-TINY = {"model.levels": 2, "model.base": 4, "model.skips": [True, True], "model.reduction": [2, 2]}
+TINY = {"model.levels": 2, "model.blocks": 1, "model.base": 4, "model.skips": [True, True], "model.reduction": [2, 2]}
 
 
 Batched = Callable[[Decoded], Awaitable[Inferred]]
