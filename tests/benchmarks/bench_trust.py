@@ -44,7 +44,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 HARMS = [name for name in PRESETS if name != "clean"]
 LARGE = 0.01
-TARGET = 0.05
+TARGET = 0.03
+"""Less than the 5% that is promised: val holds few groups, and those of test differ from them."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,7 @@ def _retention(method: str, known: Sequence[Judged], new: Sequence[Judged]) -> I
             continue
         share = float(np.mean([trust.local_retention < limit for trust in chosen]))
         whole = float(np.median([trust.retention for trust in chosen]))
-        note = f"below {limit:.2f}, the 5% quantile of val; median retention of the whole image {whole:.2f}"
+        note = f"below {limit:.2f}, the {TARGET:.0%} quantile of val; median retention of the whole image {whole:.2f}"
         yield Row(f"{method}: all presets: {kind}: low local retention", share, n=len(chosen), note=note)
     placed = [item.hit for item in new if item.hit is not None]
     yield Row(f"{method}: all presets: peak of suspicion on the defect", float(np.mean(placed)), n=len(placed))
