@@ -324,7 +324,9 @@ def pin_dataset(store: ObjectStore, config: ExperimentConfig) -> ExperimentConfi
 
 
 def publish_best(store: ObjectStore, name: str, run: str) -> "tuple[ModelVersion, Scorecard]":
-    """Score a run's best checkpoint on its whole validation split and publish it with the scorecard."""
+    """Calibrate a run's best checkpoint, score it on its whole validation split and publish it with the scorecard."""
+    from kintsugi.audit import save_calibration
+    from kintsugi.calibration import calibrate_model
     from kintsugi.checkpoint import fetch_best
     from kintsugi.data.dataset import open_split
     from kintsugi.evaluation import evaluate as score_images
@@ -334,7 +336,8 @@ def publish_best(store: ObjectStore, name: str, run: str) -> "tuple[ModelVersion
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         config = fetch_best(store, run, folder).config
-        reader = open_split(store, config.data.dataset, "val")
+        reader, train = (open_split(store, config.data.dataset, split) for split in ("val", "train"))
+        save_calibration(folder, calibrate_model(Restorer.from_checkpoint(folder), reader, train, config))
         restorer = Restorer.from_checkpoint(folder)
         card = score_images(restorer, reader, config, dataset=config.data.dataset, split="val", model=name)
         version = Registry(store).publish(name, folder, card.model_dump_json().encode())

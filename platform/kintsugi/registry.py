@@ -13,6 +13,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, computed_field
 
+from kintsugi.audit import CALIBRATION
 from kintsugi.checkpoint import CARD, CONFIG, METRICS, WEIGHTS, load_checkpoint
 from kintsugi.errors import ConfigError, IntegrityError, ModelNotFound, ObjectNotFound, PreconditionFailed
 from kintsugi.manifest import MANIFEST, get_folder, make_manifest, put_folder, read_manifest
@@ -80,7 +81,8 @@ class Registry:
         found = load_checkpoint(checkpoint)
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            for part in (WEIGHTS, CONFIG, CARD, METRICS):
+            calibrated = (CALIBRATION,) if (checkpoint / CALIBRATION).exists() else ()
+            for part in (WEIGHTS, CONFIG, CARD, METRICS, *calibrated):
                 shutil.copyfile(checkpoint / part, folder / part)
             (folder / SCORECARD).write_bytes(scorecard)
             meta: dict[str, JsonValue] = {

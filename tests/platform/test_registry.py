@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from kintsugi.audit import Calibration, save_calibration
 from kintsugi.checkpoint import save_checkpoint
 from kintsugi.config import ExperimentConfig
 from kintsugi.errors import ConfigError, IntegrityError, ModelNotFound, PreconditionFailed, StoreUnavailable
@@ -52,6 +53,15 @@ def test_a_fetched_version_restores_and_is_fetched_once(registry: Registry, chec
     for info in list(registry.store.list("models/unet/versions/1/weights")):
         registry.store.delete(info.key)
     assert registry.fetch(version, tmp_path / "cache") == folder
+
+
+def test_the_calibration_is_published_with_the_model(registry: Registry, checkpoint: Path, tmp_path: Path) -> None:
+    plain = registry.publish("unet", checkpoint, b"{}")
+    calibration = Calibration(error_scale=1.5)
+    save_calibration(checkpoint, calibration)
+    version = registry.publish("unet", checkpoint, b"{}")
+    assert version.digest != plain.digest
+    assert Restorer.from_checkpoint(registry.fetch(version, tmp_path / "cache")).calibration == calibration
 
 
 def test_a_damaged_cache_is_fetched_again(registry: Registry, checkpoint: Path, tmp_path: Path) -> None:
