@@ -256,56 +256,15 @@ def score(psnr_gain: float, defect_psnr_gain: float) -> float:
     return psnr_gain if math.isnan(defect_psnr_gain) else min(psnr_gain, defect_psnr_gain)
 
 
-@dataclass(frozen=True)
-class Structure:
-    """What a restoration did to the structure of its input; needs no clean original.
-
-    retention: share of the input's structure above its noise that the output keeps, 0 to 1.
-    added: share of pixels whose structure differs from the input's by more than its noise explains, 0 to 1.
-    """
-
-    retention: float
-    added: float
-
-
 _FINE, _COARSE = 2.0, 12.0
 _VISIBLE = 8 / 255
 _AROUND = 4.0
 _MARGIN = 3
 
 
-def structure(degraded: Array, output: Array) -> Structure:
-    """Compare an output with its own input in a band of structure sizes (Gaussian sigma 2 to 12 px).
-
-    Noise that the input carries is estimated from its Laplacian (Immerkaer, CVIU 1996) and scaled by the
-    band's own gain, so that denoising alone is not counted as a change of structure.
-    """
-    before, after = _grey(degraded), _grey(align(output, degraded))
-    band_in, band_out = _band(before), _band(after)
-    noise = _noise_sigma(before) * _band_gain()
-    supported = np.abs(band_in) > max(4 * noise, 2 / 255)
-    energy = float(np.square(band_in[supported]).sum())
-    kept = float((band_in[supported] * band_out[supported]).sum()) / energy if energy > 0 else 1.0
-    changed = np.abs(band_out - band_in) > max(_VISIBLE, 4 * noise)
-    return Structure(retention=float(np.clip(kept, 0, 1)), added=float(changed.mean()))
-
-
 def _band(image: Array) -> Array:
     fine, coarse = (ndimage.gaussian_filter(image, sigma) for sigma in (_FINE, _COARSE))
     return (fine - coarse).astype(np.float32, copy=False)
-
-
-def _band_gain() -> float:
-    """Standard deviation that the band leaves of white noise of deviation 1."""
-    fine, coarse = _FINE**2, _COARSE**2
-    squared = (1 / (4 * np.pi)) * (1 / fine + 1 / coarse - 4 / (fine + coarse))
-    return float(np.sqrt(squared))
-
-
-def _noise_sigma(image: Array) -> float:
-    kernel = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32)
-    response = ndimage.convolve(image, kernel)
-    return float(np.median(np.abs(response)) / 0.6745 / 6)
 
 
 def _grey(image: Array) -> Array:

@@ -3,7 +3,8 @@
     python tests/benchmarks/train_quality.py platform/configs/light.yaml FOLDER OUT [--set key=value ...]
 
 FOLDER is read in the `pairs` layout. OUT gets `checkpoint/`, the one with the highest score, `log.jsonl` with a
-line for each epoch, and `latest/`, from which an interrupted run goes on.
+line for each epoch, and `latest/`, from which an interrupted run goes on. At the end `published/` is what
+`tests/benchmarks/checkpoints` keeps: the best weights in half precision, without the training state, calibrated.
 """
 
 import argparse
@@ -15,10 +16,14 @@ from pathlib import Path
 
 import torch
 
-from kintsugi.config import load_config
-from kintsugi.data.dataset import build_dataset, open_split
+from kintsugi.audit import save_calibration
+from kintsugi.calibration import calibrate_model
+from kintsugi.checkpoint import load_checkpoint, load_model, save_checkpoint
+from kintsugi.config import ExperimentConfig, load_config
+from kintsugi.data.dataset import SplitReader, build_dataset, open_split
 from kintsugi.losses import build_loss
 from kintsugi.models import PerceptualDistance
+from kintsugi.restore import Restorer
 from kintsugi.storage import LocalStore
 from kintsugi.training.loop import fit
 from kintsugi.training.state import TrainState, build_state
@@ -57,6 +62,13 @@ def main() -> None:
 
     perceptual = PerceptualDistance(config.loss.perceptual) if config.loss.weights.perceptual > 0 else None
     fit(state, config, train, val, build_loss(config.loss, perceptual), report)
+    _publish(options.out / "checkpoint", options.out / "published", config, train, val)
+
+
+def _publish(source: Path, folder: Path, config: ExperimentConfig, train: SplitReader, val: SplitReader) -> None:
+    best = load_checkpoint(source)
+    save_checkpoint(folder, load_model(best).half(), config, best.metrics, best.card)
+    save_calibration(folder, calibrate_model(Restorer.from_checkpoint(folder), val, train, config))
 
 
 def _seconds(out: Path) -> float:

@@ -51,13 +51,12 @@ def _refusal(path: Path, **options: Any) -> ImageError:
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "channels"), [(name, n) for name in LAYOUTS for n in (1, 3) if n == 3 or "apart" not in name]
+)
 def test_any_rows_are_those_of_the_whole_image(
     tmp_path: Path, layout: str, channels: int, dtype: type[np.uint8]
 ) -> None:
-    if channels == 1 and "apart" in layout:
-        pytest.skip("grey has one plane")
     path = _write(tmp_path / "a.tiff", _pixels(dtype, channels), **LAYOUTS[layout])
     whole = imaging.decode(path.read_bytes())
     with TiffStrips(path) as strips:
