@@ -38,31 +38,37 @@ def main() -> None:
     parser.add_argument("--trained-on", default="", help="told in the checkpoint's card")
     options = parser.parse_args()
     config = load_config(options.config, [*options.sets, "train.workers=1"])
+    train_split, val = train(config, options.folder, options.out, options.trained_on or options.folder.name)
+    _publish(options.out / "checkpoint", options.out / "published", config, train_split, val)
+
+
+def train(config: ExperimentConfig, folder: Path, out: Path, trained_on: str) -> tuple[SplitReader, SplitReader]:
+    """Train in this process, from `out/latest` where that is; the splits that it used."""
     torch.set_num_threads(config.train.threads)
-    store = LocalStore(options.out / "store")
-    ref = build_dataset("pairs", options.folder, "quality", store).ref
-    cache = options.out / "cache"
+    store = LocalStore(out / "store")
+    ref = build_dataset("pairs", folder, "quality", store).ref
+    cache = out / "cache"
     train, val = (open_split(store, ref, split, cache) for split in ("train", "val"))
     state = build_state(config, train.digest)
-    if (options.out / "latest").exists():
-        state.load(options.out / "latest")
-    started, before = time.monotonic(), _seconds(options.out)
-    card = {"trained_on": options.trained_on or options.folder.name, "dataset_digest": train.digest, "threads": 1}
+    if (out / "latest").exists():
+        state.load(out / "latest")
+    started, before = time.monotonic(), _seconds(out)
+    card = {"trained_on": trained_on, "dataset_digest": train.digest, "threads": config.train.threads}
 
     def report(metrics: Mapping[str, float], state: TrainState) -> None:
         seconds = before + time.monotonic() - started
         row = {**metrics, "seconds": seconds}
         about = {**card, "wall_seconds": round(seconds), "steps": state.epoch * (config.train.steps_per_epoch or 0)}
-        with (options.out / "log.jsonl").open("a") as log:
+        with (out / "log.jsonl").open("a") as log:
             log.write(json.dumps(row) + "\n")
-        _replace(options.out / "latest", lambda folder: state.save(folder, config, metrics, about))
+        _replace(out / "latest", lambda folder: state.save(folder, config, metrics, about))
         if state.stale == 0:
-            _replace(options.out / "checkpoint", lambda folder: state.save(folder, config, metrics, about))
+            _replace(out / "checkpoint", lambda folder: state.save(folder, config, metrics, about))
         print({name: round(value, 4) for name, value in row.items()}, flush=True)
 
     perceptual = PerceptualDistance(config.loss.perceptual) if config.loss.weights.perceptual > 0 else None
     fit(state, config, train, val, build_loss(config.loss, perceptual), report)
-    _publish(options.out / "checkpoint", options.out / "published", config, train, val)
+    return train, val
 
 
 def _publish(source: Path, folder: Path, config: ExperimentConfig, train: SplitReader, val: SplitReader) -> None:
