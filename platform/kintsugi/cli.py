@@ -20,26 +20,34 @@ from kintsugi.errors import KintsugiError
 Table = Mapping[str, tuple[str, str]]
 
 COMMANDS: Table = {
-    "up": ("kintsugi.commands:up", "Start the local stack: an S3 server, a Ray head with its dashboard, TensorBoard."),
-    "down": ("kintsugi.commands:down", "Stop exactly what 'kintsugi up' started."),
-    "status": ("kintsugi.commands:status", "Print every address of the local stack and what runs."),
+    "up": (
+        "kintsugi.commands.stack:up",
+        "Start the local stack: an S3 server, a Ray head with its dashboard, TensorBoard.",
+    ),
+    "down": ("kintsugi.commands.stack:down", "Stop exactly what 'kintsugi up' started."),
+    "status": ("kintsugi.commands.stack:status", "Print every address of the local stack and what runs."),
     "demo": (
         "kintsugi.demo:demo",
         "Go the whole way on this machine: data, training, search, endpoint, one restored image.",
     ),
-    "data build": ("kintsugi.commands:data_build", "Build a dataset in the store from a folder of images."),
-    "data inspect": ("kintsugi.commands:data_inspect", "Say what a dataset holds."),
-    "train": ("kintsugi.commands:train", "Train on Ray, then evaluate and publish the model."),
-    "evaluate": ("kintsugi.commands:evaluate", "Score a model on a dataset."),
+    "data build": ("kintsugi.commands.data:build", "Build a dataset in the store from a folder of images."),
+    "data inspect": ("kintsugi.commands.data:inspect", "Say what a dataset holds."),
+    "train": ("kintsugi.commands.train:train", "Train on Ray, then evaluate and publish the model."),
+    "evaluate": ("kintsugi.commands.evaluate:evaluate", "Score a model on a dataset."),
+    "detector train": ("kintsugi.commands.detector:train", "Train a segmenter that judges how well defects are found."),
     "tune": ("kintsugi_tune.commands:tune", "Search settings with Ray Tune, then publish the best model."),
-    "models list": ("kintsugi.commands:models_list", "List the published models, their versions and aliases."),
-    "models show": ("kintsugi.commands:models_show", "Show a version's config and scorecard."),
-    "models promote": ("kintsugi.commands:models_promote", "Point an alias at a version."),
-    "models rollback": ("kintsugi.commands:models_rollback", "Point an alias back at the version before."),
-    "restore": ("kintsugi.commands:restore", "Restore one image file."),
+    "models list": ("kintsugi.commands.models:list_", "List the published models, their versions and aliases."),
+    "models show": ("kintsugi.commands.models:show", "Show a version's config and scorecard."),
+    "models promote": ("kintsugi.commands.models:promote", "Point an alias at a version."),
+    "models rollback": ("kintsugi.commands.models:rollback", "Point an alias back at the version before."),
+    "restore": ("kintsugi.commands.restore:restore", "Restore one image file."),
     "serve": ("kintsugi_serve.commands:serve", "Serve a model over HTTP with Ray Serve."),
 }
-GROUPS = {"data": "Datasets: build and inspect.", "models": "The registry: list, show, promote, roll back."}
+GROUPS = {
+    "data": "Datasets: build and inspect.",
+    "detector": "What judges whether defects can be found.",
+    "models": "The registry: list, show, promote, roll back.",
+}
 _VERBOSE = "kintsugi.verbose"
 
 

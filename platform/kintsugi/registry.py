@@ -13,11 +13,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, computed_field
 
-from kintsugi.audit import CALIBRATION
 from kintsugi.checkpoint import CARD, CONFIG, METRICS, WEIGHTS, load_checkpoint
 from kintsugi.errors import ConfigError, IntegrityError, ModelNotFound, ObjectNotFound, PreconditionFailed
 from kintsugi.manifest import MANIFEST, get_folder, make_manifest, put_folder, read_manifest
 from kintsugi.storage import ObjectStore, cache_folder
+from kintsugi.trust.report import CALIBRATION
 
 SCORECARD = "scorecard.json"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")

@@ -15,13 +15,13 @@ from kintsugi.storage import open_store
 from kintsugi_serve.schemas import Answer, Job, LoadedModel, Rejection, Settings
 
 if TYPE_CHECKING:
-    from kintsugi.restore import Restoration
+    from kintsugi.restore.restorer import Restoration
 
 logger = logging.getLogger(__name__)
 
 
 class Model(Protocol):
-    """What a replica needs of `kintsugi.restore.Restorer`."""
+    """What a replica needs of `kintsugi.restore.restorer.Restorer`."""
 
     def restore_batch(
         self, images: Sequence[imaging.Image], masks: Sequence[NDArray[np.bool_] | None]
@@ -62,7 +62,7 @@ def load_published(reference: str, settings: Settings, current: LoadedModel | No
         KintsugiError: it does not exist, is damaged, or does not restore.
     """
     from kintsugi.registry import Registry
-    from kintsugi.restore import Restorer
+    from kintsugi.restore.restorer import Restorer
 
     registry = Registry(open_store(settings.store))
     found = registry.resolve(reference)

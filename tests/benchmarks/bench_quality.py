@@ -22,11 +22,13 @@ from quality_tiles import Tiles
 
 from kintsugi.config import Split
 from kintsugi.data.degradation import PRESETS
-from kintsugi.detection import Map, Segmenter, defect_map, measure_detectability, train_detector
+from kintsugi.detection.detectability import Map, measure_detectability
+from kintsugi.detection.detector import defect_map
+from kintsugi.detection.segmenter import Segmenter, train_detector
 from kintsugi.errors import KintsugiError
+from kintsugi.evaluation.survival import SurvivalCurve, draw_survival, measure_survival
 from kintsugi.imaging import Image
 from kintsugi.storage import write_atomically
-from kintsugi.survival import SurvivalCurve, draw_survival, measure_survival
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"

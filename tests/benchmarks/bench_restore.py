@@ -22,12 +22,12 @@ import torch
 
 from kintsugi.config import load_config
 from kintsugi.errors import ModelNotFound
-from kintsugi.files import restore_file
 from kintsugi.imaging import Image
 from kintsugi.models import build_model
-from kintsugi.restore import Restorer, RestoreSettings, shipped_weights
+from kintsugi.restore.files import restore_file
+from kintsugi.restore.restorer import Restorer, RestoreSettings, shipped_weights
+from kintsugi.restore.strips import write_strips
 from kintsugi.storage import write_atomically
-from kintsugi.strips import write_strips
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTPUT = ROOT / ".kintsugi/bench/restore.json"

@@ -24,9 +24,9 @@ from quality_rows import Row, print_table
 from quality_tiles import Tiles, Trial
 
 from kintsugi.data.degradation import PRESETS, generator_for
-from kintsugi.restore import Restorer, RestoreSettings
+from kintsugi.restore.restorer import Restorer, RestoreSettings
 from kintsugi.storage import write_atomically
-from kintsugi.trust import (
+from kintsugi.trust.judge import (
     InputProfile,
     Trust,
     abstain_reason,

@@ -12,10 +12,11 @@ import torch
 from quality_methods import METHODS, Truth
 from quality_tiles import Tiles, Trial
 
-from kintsugi.detection import Detector, Map, defect_map, load_detector
+from kintsugi.detection.detectability import Map
+from kintsugi.detection.detector import Detector, defect_map, load_detector
 from kintsugi.imaging import Image, convert
 from kintsugi.metrics import fidelity, psnr
-from kintsugi.restore import Restorer
+from kintsugi.restore.restorer import Restorer
 
 
 @dataclass(frozen=True)

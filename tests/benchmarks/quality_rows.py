@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from quality_judge import Judged
 
-from kintsugi.detection import Detectability
-from kintsugi.evaluation import bootstrap
-from kintsugi.survival import SurvivalCurve
+from kintsugi.detection.detectability import Detectability
+from kintsugi.evaluation.scorecard import bootstrap
+from kintsugi.evaluation.survival import SurvivalCurve
 
 SETS: Mapping[str | None, str] = {None: "assigned presets", "kla": "kla"}
 FIGURES: Mapping[str, tuple[str, str]] = {

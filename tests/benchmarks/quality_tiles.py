@@ -39,7 +39,7 @@ class Trial:
 
 
 class Tiles:
-    """The images of one split, read when they are asked for; a `Samples` of kintsugi.segmenter."""
+    """The images of one split, read when they are asked for; a `Samples` of kintsugi.detection.segmenter."""
 
     def __init__(self, folder: Path, split: str, limit: int | None = None) -> None:
         self.folder = folder

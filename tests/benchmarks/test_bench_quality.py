@@ -14,8 +14,8 @@ import torch
 
 from kintsugi.checkpoint import save_checkpoint
 from kintsugi.config import parse_config
+from kintsugi.detection.segmenter import Segmenter, SegmenterCard, SegmenterNet
 from kintsugi.models import build_model
-from kintsugi.segmenter import Segmenter, SegmenterCard, SegmenterNet
 
 HERE = Path(__file__).parent
 

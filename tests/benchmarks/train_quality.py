@@ -16,17 +16,17 @@ from pathlib import Path
 
 import torch
 
-from kintsugi.audit import save_calibration
-from kintsugi.calibration import calibrate_model
 from kintsugi.checkpoint import load_checkpoint, load_model, save_checkpoint
 from kintsugi.config import ExperimentConfig, load_config
 from kintsugi.data.dataset import SplitReader, build_dataset, open_split
+from kintsugi.evaluation.calibration import calibrate_model
 from kintsugi.losses import build_loss
 from kintsugi.models import PerceptualDistance
-from kintsugi.restore import Restorer
+from kintsugi.restore.restorer import Restorer
 from kintsugi.storage import LocalStore
 from kintsugi.training.loop import fit
 from kintsugi.training.state import TrainState, build_state
+from kintsugi.trust.report import save_calibration
 
 
 def main() -> None:

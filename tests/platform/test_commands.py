@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kintsugi import cli, imaging, restore
+from kintsugi import cli, imaging
 from kintsugi.checkpoint import save_checkpoint
 from kintsugi.config import ExperimentConfig, with_values
 from kintsugi.models import build_model
 from kintsugi.registry import Registry
+from kintsugi.restore import restorer
 from kintsugi.storage import LocalStore
 
 
@@ -81,13 +82,13 @@ def test_a_model_that_is_neither_folder_nor_published_is_told(
 ) -> None:
     assert run("restore", "in.png", str(tmp_path / "out.png"), "--model", name) == 1
     told = capsys.readouterr().err
-    assert f"--model {name} is no checkpoint folder" in told and "Traceback" not in told
+    assert f"{name} is no checkpoint folder" in told and "Traceback" not in told
 
 
 def test_without_a_model_the_shipped_weights_are_used(
     tmp_path: Path, tiny_config: ExperimentConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(restore.resources, "files", lambda package: tmp_path / package)
+    monkeypatch.setattr(restorer.resources, "files", lambda package: tmp_path / package)
     source = tmp_path / "in.png"
     source.write_bytes(imaging.encode(imaging.Image(np.full((30, 40), 90, np.uint8))))
     assert run("restore", str(source), str(tmp_path / "out.png")) == 1
@@ -133,6 +134,21 @@ def test_evaluate_takes_the_users_own_detector_and_writes_a_report(
     assert "finder_of_mine:nothing" in capsys.readouterr().err
     assert run("evaluate", model, "--survival", "--limit", "1") == 1
     assert "defect-free" in capsys.readouterr().err
+
+
+def test_a_detector_is_trained_and_judges_a_checkpoint_folder(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(tmp_path / "detector")
+    assert run("detector", "train", "tiny", folder, "--steps", "2", "--json") == 0
+    card = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert card["steps"] == 2 and card["val_average_precision"] is not None
+    assert run("detector", "train", "tiny", folder) == 1
+    assert "not empty" in capsys.readouterr().err
+    output = tmp_path / "card.json"
+    assert run("evaluate", str(tmp_path / "checkpoint"), "--detector", folder, "--output", str(output)) == 0
+    scored = json.loads(output.read_text())
+    assert scored["model"] == str(tmp_path / "checkpoint") and scored["detectability"]["clean_ap"] is not None
 
 
 @pytest.mark.parametrize(

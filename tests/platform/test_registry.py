@@ -3,14 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from kintsugi.audit import Calibration, save_calibration
 from kintsugi.checkpoint import save_checkpoint
 from kintsugi.config import ExperimentConfig
 from kintsugi.errors import ConfigError, IntegrityError, ModelNotFound, PreconditionFailed, StoreUnavailable
 from kintsugi.models import build_model
 from kintsugi.registry import Registry
-from kintsugi.restore import Restorer
+from kintsugi.restore.restorer import Restorer
 from kintsugi.storage import MemoryStore, ObjectStore
+from kintsugi.trust.report import Calibration, save_calibration
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from kintsugi import imaging
 from kintsugi.errors import ConfigError, ImageError, IntegrityError, KintsugiError, ModelNotFound
 from kintsugi.registry import Registry
-from kintsugi.restore import Restorer
+from kintsugi.restore.restorer import Restorer
 from kintsugi.storage import LocalStore
 from kintsugi_serve.replica import Loaded, Replica, check_model
 from kintsugi_serve.schemas import Answer, Job, LoadedModel, Rejection, Settings

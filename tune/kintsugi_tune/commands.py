@@ -7,17 +7,9 @@ from typing import Annotated
 import typer
 
 from kintsugi import cluster
-from kintsugi.commands import (
-    Json,
-    Sets,
-    note,
-    open_root_store,
-    pin_dataset,
-    print_json,
-    print_table,
-    publish_best,
-    say,
-)
+from kintsugi.commands.console import Json, Sets, note, print_json, print_table, say
+from kintsugi.commands.lookup import open_root_store
+from kintsugi.commands.train import pin_dataset, publish_best
 from kintsugi.config import load_config
 from kintsugi_tune.space import load_space
 

@@ -15,7 +15,7 @@ from kintsugi.data.loader import build_train_loader, evaluation_pair
 from kintsugi.errors import TrainingError
 from kintsugi.losses import RestorationLoss
 from kintsugi.metrics import align, defect_psnr, psnr, score
-from kintsugi.restore import Restorer
+from kintsugi.restore.restorer import Restorer
 from kintsugi.training.state import TrainState
 
 Report = Callable[[Mapping[str, float], TrainState], None]

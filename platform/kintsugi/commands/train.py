@@ -1,0 +1,81 @@
+"""kintsugi train."""
+
+import tempfile
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kintsugi import cluster
+from kintsugi.commands.console import Json, Sets, note, print_json, say
+from kintsugi.commands.evaluate import print_scorecard
+from kintsugi.commands.lookup import open_root_store
+from kintsugi.config import ExperimentConfig, load_config, with_values
+from kintsugi.storage import ObjectStore
+
+if TYPE_CHECKING:
+    from kintsugi.evaluation.scorecard import Scorecard
+    from kintsugi.registry import ModelVersion
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="Experiment config, YAML.")],
+    name: Annotated[str, typer.Option(help="Name to publish the best checkpoint under.")] = "unet",
+    run: Annotated[str | None, typer.Option(help="Name of the run; an earlier one is continued.")] = None,
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Train on the Ray cluster and publish the best checkpoint with its validation scorecard."""
+    store = open_root_store()
+    # Ray reads its token settings when it is imported: only now are they set.
+    from kintsugi.training.launch import check_perceptual, launch_training
+
+    settings = pin_dataset(store, load_config(config, sets or ()))
+    check_perceptual(settings)
+    run = run or f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    cluster.connect()
+    note(
+        f"run {run}: {settings.train.workers} workers, {settings.train.epochs} epochs, dataset {settings.data.dataset}"
+    )
+    launch_training(settings, store.uri, run)
+    version, card = publish_best(store, name, run)
+    _tell_published(version, card, run, as_json)
+
+
+def pin_dataset(store: ObjectStore, config: ExperimentConfig) -> ExperimentConfig:
+    """The config with its dataset named by digest, so that a run never changes data halfway."""
+    from kintsugi.data.dataset import resolve_dataset
+
+    name = config.data.dataset.partition("@")[0]
+    _, manifest = resolve_dataset(store, config.data.dataset)
+    return with_values(config, {"data.dataset": f"{name}@{manifest.digest}"})
+
+
+def publish_best(store: ObjectStore, name: str, run: str) -> "tuple[ModelVersion, Scorecard]":
+    """Calibrate a run's best checkpoint, score it on its whole validation split and publish it with the scorecard."""
+    from kintsugi.checkpoint import fetch_best
+    from kintsugi.data.dataset import open_split
+    from kintsugi.evaluation.calibration import calibrate_model
+    from kintsugi.evaluation.scorecard import evaluate as score_images
+    from kintsugi.registry import Registry
+    from kintsugi.restore.restorer import Restorer
+    from kintsugi.trust.report import save_calibration
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        config = fetch_best(store, run, folder).config
+        reader, train = (open_split(store, config.data.dataset, split) for split in ("val", "train"))
+        save_calibration(folder, calibrate_model(Restorer.from_checkpoint(folder), reader, train, config))
+        restorer = Restorer.from_checkpoint(folder)
+        card = score_images(restorer, reader, config, dataset=config.data.dataset, split="val", model=name)
+        version = Registry(store).publish(name, folder, card.model_dump_json().encode())
+    return version, card
+
+
+def _tell_published(version: "ModelVersion", card: "Scorecard", run: str, as_json: bool) -> None:
+    if as_json:
+        print_json({"model": version.ref, "digest": version.digest, "run": run, "score": card.score})
+        return
+    print_scorecard(card)
+    say(f"published {version.ref}; 'kintsugi models promote {version.ref}' puts it into production")

@@ -1,0 +1,118 @@
+"""Run a model over a batch of any size in bands of tiles; the answer does not depend on the tiles."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, reduce
+
+import torch
+from torch import Tensor
+
+from kintsugi.config import ModelConfig
+from kintsugi.models import Prediction, RestorationUNet
+from kintsugi.restore.pooling import Statistics, fixed, measure, watch
+from kintsugi.restore.tiling import POSES, Ensemble, Pose, context, cores, inside, windows
+
+Rows = tuple[Tensor, Tensor | None]
+"""(N, C, rows, W) in [0, 1] and, where it is known, the defect mask (N, 1, rows, W)."""
+Read = Callable[[slice], Rows]
+
+
+def reach(config: ModelConfig) -> int:
+    """How far, in px, surroundings change a restored value by anything to speak of.
+
+    Measured on networks with random weights and a correction of 0.1 rms, with surroundings of noise and of nothing:
+    at this distance values differ by 0 to 0.2 of 255 levels. What a network could see reaches further.
+    """
+    return max(64, 8 * 2**config.levels) + (config.attention_window or 0)
+
+
+@dataclass(frozen=True)
+class TiledModel:
+    """A model and how large images pass it; see `RestoreSettings` for the settings."""
+
+    model: RestorationUNet
+    device: torch.device
+    tile: int
+    halo: int | None
+    ensemble: Ensemble
+    window: int
+
+    def bands(self, read: Read, size: tuple[int, int]) -> Iterator[tuple[slice, Prediction]]:
+        """Rows of the answer, from top to bottom: `defect` as probabilities, everything on the CPU.
+
+        Args:
+            read: gives any rows of the batch.
+            size: (height, width) of the batch.
+        """
+        poses = POSES[self.ensemble]
+        pooled = [self._pooled(read, size, pose) for pose in poses]
+        (height, width), (stride, halo) = size, self._grid
+        for rows in cores(height, self.tile, stride):
+            slab = _union(context(rows, height, halo, stride, pose.rows) for pose in poses)
+            given = read(slab)
+            parts: list[Prediction] = []
+            for columns in cores(width, self.tile, stride):
+                answers: list[Prediction] = []
+                for pose, statistics in zip(poses, pooled, strict=True):
+                    tall = context(rows, height, halo, stride, pose.rows)
+                    wide = context(columns, width, halo, stride, pose.columns)
+                    with fixed(statistics):
+                        answer = self._predict(given, (inside(tall, slab), wide), pose)
+                    answers.append(_crop(answer, inside(rows, tall), inside(columns, wide)))
+                parts.append(_each(lambda values: sum(values[1:], values[0]) / len(values), answers))
+            yield rows, _each(lambda values: torch.cat(values, -1), parts)
+
+    @cached_property
+    def _grid(self) -> tuple[int, int]:
+        """The model's stride, and the halo as a multiple of it."""
+        stride = self.model.stride
+        halo = reach(self.model.config) if self.halo is None else self.halo
+        return stride, max(1, -(-halo // stride)) * stride
+
+    def _pooled(self, read: Read, size: tuple[int, int], pose: Pose) -> Statistics:
+        """What pools over the whole input see of a large image, on windows that do not depend on the tiles."""
+        stride, _ = self._grid
+        window = -(-self.window // stride) * stride
+        if max(size) <= window or not watch(self.model):
+            return []
+
+        def runs() -> Iterator[Callable[[], Prediction]]:
+            for rows in windows(size[0], window, stride):
+                given = read(rows)
+                for columns in windows(size[1], window, stride):
+                    view = slice(None), columns
+                    yield lambda given=given, view=view: self._predict(given, view, pose)
+
+        return measure(runs())
+
+    @torch.inference_mode()
+    def _predict(self, given: Rows, view: tuple[slice, slice], pose: Pose) -> Prediction:
+        layout = torch.channels_last if self.device.type == "cpu" else torch.contiguous_format
+        image, mask = (
+            None if part is None else pose.apply(part[(..., *view)]).to(self.device).contiguous(memory_format=layout)
+            for part in given
+        )
+        assert image is not None
+        # TF32 keeps 10 bits of 16; benchmarking would choose kernels by their speed of the moment.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            answer = self.model(image, mask)
+        chance = None if answer.defect is None else torch.sigmoid(answer.defect)
+        return _each(lambda parts: pose.undo(parts[0]).cpu(), [answer._replace(defect=chance)])
+
+
+def _crop(answer: Prediction, rows: slice, columns: slice) -> Prediction:
+    return _each(lambda parts: parts[0][..., rows, columns], [answer])
+
+
+def _each(join: Callable[[list[Tensor]], Tensor], answers: list[Prediction]) -> Prediction:
+    """Join several answers part by part."""
+    images, defects, errors = zip(*answers, strict=True)
+    return Prediction(
+        join(list(images)),
+        None if defects[0] is None else join(list(defects)),
+        None if errors[0] is None else join(list(errors)),
+    )
+
+
+def _union(parts: Iterable[slice]) -> slice:
+    return reduce(lambda a, b: slice(min(a.start, b.start), max(a.stop, b.stop)), parts)

@@ -1,0 +1,1 @@
+"""What can be said of a restoration without its clean image: alarm, retention, abstention, confidence."""
