@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -164,7 +165,7 @@ def _planted(options: argparse.Namespace, setting: Setting, chosen: list[str], m
     bench = Bench(setting)
     images = _defect_free(bench.tiles, options.survival_images)
     methods: dict[str, Callable[[Image], Image]] = {"nlm, blind": blind_non_local_means}
-    methods |= {name: _restorer(bench, name) for name in chosen if name in setting.checkpoints}
+    methods |= {name: partial(bench.restore, name) for name in chosen if name in setting.checkpoints}
     rows: list[Row] = []
     drawn: dict[str, dict[str, object]] = {}
     for preset in PLANTED:
@@ -182,10 +183,6 @@ def _planted(options: argparse.Namespace, setting: Setting, chosen: list[str], m
     curves_file = options.output.with_name(f"{options.output.stem}-survival.json")
     write_atomically(curves_file, json.dumps(drawn, indent=1).encode())
     return rows
-
-
-def _restorer(bench: Bench, name: str) -> Callable[[Image], Image]:
-    return lambda image: bench.restorers[name].restore(image).image
 
 
 def _defect_free(tiles: Tiles, count: int) -> list[tuple[str, Image]]:

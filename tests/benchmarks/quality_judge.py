@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import cv2
+import numpy as np
 import torch
 from quality_methods import METHODS, Truth
 from quality_tiles import Tiles, Trial
@@ -70,8 +71,13 @@ class Bench:
     def method(self, name: str) -> Callable[[Image, Truth], Image]:
         if name in METHODS:
             return METHODS[name]
+        return lambda image, _: self.restore(name, image)
+
+    def restore(self, name: str, image: Image) -> Image:
+        """What the model makes of the image alone; one that asks for the defects' mask is told that there are none."""
         restorer = self.restorers[name]
-        return lambda image, _: restorer.restore(image).image
+        unknown = np.zeros(image.size, bool) if restorer.model.config.mask == "given" else None
+        return restorer.restore(image, unknown).image
 
     def judge(self, task: Task) -> Judged:
         trial = self.trial(task.index, task.preset)

@@ -317,3 +317,11 @@ def test_a_calibration_that_no_manifest_knows_is_refused(tmp_path: Path, tiny_co
     (tmp_path / CALIBRATION).write_text("{}")
     with pytest.raises(IntegrityError, match="manifest"):
         Restorer.from_checkpoint(tmp_path)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
+def test_a_gpu_answers_as_a_cpu_does() -> None:
+    image = picture(np.uint16, (300, 260))
+    settings = RestoreSettings(abstain=False)
+    here, there = (Restorer.from_checkpoint(device=name, settings=settings).restore(image) for name in ("cpu", "cuda"))
+    assert np.abs(here.image.pixels.astype(int) - there.image.pixels).max() <= 1e-4 * 65535
