@@ -161,3 +161,10 @@ def test_only_imaging_reads_or_writes_image_files() -> None:
     sources = [p for room in ROOMS for p in (ROOT / room).rglob("*.py")]
     offenders = [p.name for p in sources if any(codec in p.read_text() for codec in codecs)]
     assert offenders == ["imaging.py"]
+
+
+def test_every_test_and_benchmark_that_the_documents_name_is_there() -> None:
+    documents = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    named = {path for document in documents for path in re.findall(r"\btests/[\w/]+(?:\.py)?", document.read_text())}
+    assert len(named) > 10
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
