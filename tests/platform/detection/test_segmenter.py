@@ -125,8 +125,8 @@ def test_unlabelled_images_teach_nothing() -> None:
 
 
 def test_a_crop_that_does_not_fit_the_strides_is_refused() -> None:
-    with pytest.raises(DataError, match="multiple of 64"):
-        train_detector(Surfaces(4, 1), Surfaces(2, 2), steps=1, crop=96)
+    with pytest.raises(DataError, match="multiple of 32"):
+        train_detector(Surfaces(4, 1), Surfaces(2, 2), steps=1, crop=80)
 
 
 def test_the_clean_score_of_a_split_without_defects_is_absent(trained: Segmenter) -> None:
