@@ -133,7 +133,7 @@ class Segmenter:
         return scores[top : top + rows.stop - rows.start, left : left + columns.stop - columns.start]
 
     def save(self, folder: Path) -> Manifest:
-        """Write the folder, weights in half precision; the manifest comes last: a torn folder is never taken for whole."""
+        """Write the folder, weights in half precision; the manifest comes last: a torn folder is never used."""
         folder.mkdir(parents=True, exist_ok=True)
         weights = {
             name: (value.half() if value.is_floating_point() else value).contiguous()
