@@ -28,25 +28,29 @@ def restore(
     defect_map: Annotated[
         Path | None, typer.Option(help="Write where the model sees defects, as PNG or TIFF of 8 bits.")
     ] = None,
+    error_map: Annotated[
+        Path | None,
+        typer.Option(help="Write the bound of the error at each pixel, as PNG or TIFF of 16 bits of full scale."),
+    ] = None,
     ensemble: Annotated[str, typer.Option(help="none, flips (4 passes) or dihedral (8).")] = "none",
     tile: Annotated[int, typer.Option(help="Side of a tile, px; changes memory and time, not the result.")] = 512,
     force: Annotated[bool, typer.Option(help="Replace existing outputs.")] = False,
     as_json: Json = False,
 ) -> None:
     """Restore one image on this machine; a large TIFF passes in strips."""
-    for path in (output, defect_map):
+    for path in (output, defect_map, error_map):
         if path is not None and path.exists() and not force:
             raise ConfigError(f"{path} exists: choose another name, or add --force to replace it")
-    from kintsugi.restore.files import restore_file
+    from kintsugi.restore.files import MapName, restore_file
     from kintsugi.restore.restorer import Restorer, RestoreSettings
 
     label, digest, folder = find_model(model)
     settings = RestoreSettings(tile=tile, ensemble=cast(Any, ensemble))
     restorer = Restorer.from_checkpoint(folder, settings=settings)
+    wanted: dict[MapName, Path | None] = {"defect_map": defect_map, "error_bound": error_map}
+    maps: dict[MapName, Path] = {name: path for name, path in wanted.items() if path is not None}
     with _row_progress() as progress:
-        report = restore_file(
-            restorer, image, output, mask=mask, white_level=white_level, defect_map=defect_map, progress=progress
-        )
+        report = restore_file(restorer, image, output, mask=mask, white_level=white_level, maps=maps, progress=progress)
     if as_json:
         print_json({"model": label, "digest": digest, **report.to_dict()})
         return

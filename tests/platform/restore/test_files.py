@@ -11,13 +11,14 @@ from kintsugi.errors import ConfigError, ImageError, StoreError
 from kintsugi.imaging import Image
 from kintsugi.models import build_model
 from kintsugi.restore import files
-from kintsugi.restore.files import restore_file
+from kintsugi.restore.files import MapName, restore_file
 from kintsugi.restore.restorer import Restorer, RestoreSettings
 
 
 @pytest.fixture
 def restorer(tiny_config: ExperimentConfig) -> Restorer:
     values = {"model.mask": "predicted", "loss.mask": 0.1, "data.mask_dropout": 0.0, "model.attention_window": 32}
+    values |= {"model.error": True, "loss.error": 0.5}
     torch.manual_seed(0)
     model = build_model(with_values(tiny_config, values).model).eval()
     model.background_head.weight.data.normal_(0, 0.05)
@@ -45,7 +46,10 @@ def test_a_large_tiff_gives_in_strips_what_it_gives_whole(
     reports, answers, told = [], [], []
     for above, name in ((2**24, "whole"), (0, "strips")):
         monkeypatch.setattr(files, "STREAM_ABOVE", above)
-        target, found = tmp_path / f"{name}.tiff", tmp_path / f"{name}-{map_name}"
+        target = tmp_path / f"{name}.tiff"
+        maps: dict[MapName, Path] = {
+            "defect_map": tmp_path / f"{name}-defect-{map_name}", "error_bound": tmp_path / f"{name}-error-{map_name}"
+        }  # fmt: skip
         reports.append(
             restore_file(
                 restorer,
@@ -53,15 +57,16 @@ def test_a_large_tiff_gives_in_strips_what_it_gives_whole(
                 target,
                 mask=mask,
                 white_level=4095,
-                defect_map=found,
+                maps=maps,
                 progress=lambda done, total: told.append((done, total)),
             )
         )
-        answers.append((imaging.decode(target.read_bytes()), imaging.decode(found.read_bytes())))
+        answers.append([imaging.decode(path.read_bytes()) for path in (target, *maps.values())])
     assert reports[0] == reports[1] and told[-1] == (140, 140)
     for whole, strips in zip(*answers, strict=True):
         np.testing.assert_array_equal(whole.pixels, strips.pixels)
         assert whole.tags == strips.tags and whole.size == (140, 90)
+    assert [image.bit_depth for image in answers[0]] == [16, 8, 16] and answers[0][2].pixels.max() > 0
     assert not np.array_equal(answers[0][0].pixels, imaging.decode(source.read_bytes()).pixels)
 
 
@@ -97,14 +102,14 @@ def test_a_model_that_predicts_no_map_says_so_before_it_works(tiny_config: Exper
     worker = Restorer(build_model(tiny_config.model).eval())
     source, target = _image(tmp_path / "in.tiff"), tmp_path / "out.tiff"
     with pytest.raises(ConfigError, match="predicts no defect map"):
-        restore_file(worker, source, target, defect_map=tmp_path / "map.png")
+        restore_file(worker, source, target, maps={"defect_map": tmp_path / "map.png"})
     assert not target.exists()
 
 
 def test_a_map_that_is_no_picture_is_refused(restorer: Restorer, tmp_path: Path) -> None:
     source = _image(tmp_path / "in.tiff")
     with pytest.raises(ConfigError, match="PNG or a TIFF"):
-        restore_file(restorer, source, tmp_path / "out.tiff", defect_map=tmp_path / "map.csv")
+        restore_file(restorer, source, tmp_path / "out.tiff", maps={"defect_map": tmp_path / "map.csv"})
 
 
 @pytest.mark.parametrize("kind", ["png", "tiff"])
