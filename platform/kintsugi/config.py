@@ -215,6 +215,9 @@ class TrainConfig(Section):
     validation_images: int | None = Field(default=None, ge=1, description="default: all")
     seed: int = 0
     workers: int = Field(default=2, ge=1, description="DDP processes")
+    min_workers: int | None = Field(
+        default=None, ge=1, description="go on with as few when nodes are lost, until they are back; default: wait"
+    )
     micro_batches: int = Field(
         default=1, ge=1, description="a worker takes its share of a batch in so many parts and sums their gradients"
     )
@@ -259,6 +262,11 @@ class ExperimentConfig(Section):
             raise ValueError(
                 f"data.batch_size must be a multiple of train.workers * train.micro_batches (got {batch} and {parts}): "
                 f"set data.batch_size={-(-batch // parts) * parts}"
+            )
+        least = self.train.min_workers
+        if least is not None and least > self.train.workers:
+            raise ValueError(
+                f"train.min_workers must be at most train.workers (got {least} and {self.train.workers}): lower it"
             )
         if self.data.mask_dropout > 0 and self.model.mask not in ("optional", "predicted"):
             raise ValueError(

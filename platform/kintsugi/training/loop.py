@@ -24,7 +24,7 @@ from kintsugi.training.state import TrainState
 
 Report = Callable[[Mapping[str, float], TrainState], None]
 Save = Callable[[TrainState], None]
-_POLL_STEPS = 5
+_POLL_STEPS = 10
 """How often workers ask each other whether one must save at once: asking makes them wait for each other."""
 
 

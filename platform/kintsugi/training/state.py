@@ -11,7 +11,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from torch.optim.swa_utils import AveragedModel
 
-from kintsugi.checkpoint import load_checkpoint, load_train_state, load_weights, save_checkpoint
+from kintsugi.checkpoint import Checkpoint, load_checkpoint, load_train_state, load_weights, save_checkpoint
 from kintsugi.config import ExperimentConfig
 from kintsugi.errors import TrainingError
 from kintsugi.models import RestorationUNet, build_model
@@ -84,6 +84,16 @@ class TrainState:
         self.scheduler.load_state_dict(saved["scheduler"])
         for name in (*_COUNTERS, "sums"):
             setattr(self, name, saved[name])
+
+    def start_from(self, checkpoint: Checkpoint) -> None:
+        """Take the weights of another run's checkpoint, and nothing else of it.
+
+        Raises:
+            IntegrityError: they are of another model.
+        """
+        load_weights(self.model, checkpoint)
+        if self.averaged is not None:
+            load_weights(self.published, checkpoint)
 
 
 def build_state(config: ExperimentConfig, dataset_digest: str, device: torch.device | str = "cpu") -> TrainState:

@@ -120,14 +120,14 @@ def test_time_that_is_up_ends_the_run_with_a_checkpoint_within_the_epoch(
 
 def test_a_process_that_will_be_taken_away_saves_at_once(tiny_store: LocalStore, tiny_config: ExperimentConfig) -> None:
     train, val = open_split(tiny_store, "tiny", "train"), open_split(tiny_store, "tiny", "val")
-    config = with_values(tiny_config, {"train.epochs": 1, "train.steps_per_epoch": 11})
+    config = with_values(tiny_config, {"train.epochs": 1, "train.steps_per_epoch": 21})
     state, saved = build_state(config, train.digest), []
-    worker = Worker(urgent=lambda: state.step < 10)
+    worker = Worker(urgent=lambda: state.step < 20)
     fit(
         state, config, train, val, loss_of(config), lambda *_: None,
         save=lambda now: saved.append(now.step), worker=worker,
     )  # fmt: skip
-    assert saved == [5]
+    assert saved == [10]
 
 
 def test_bf16_trains_much_as_float32(tiny_store: LocalStore, tiny_config: ExperimentConfig) -> None:
