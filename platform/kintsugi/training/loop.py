@@ -117,7 +117,7 @@ class _Epochs:
 
     def _step(self, state: TrainState, config: ExperimentConfig, parts: list[int], batches: Iterator[Crops]) -> Tensor:
         """One step of the optimizer; this worker's share of the loss terms, on its device."""
-        share = self.worker.world / (config.train.workers * config.train.micro_batches)
+        count = config.train.workers * config.train.micro_batches
         state.optimizer.zero_grad(set_to_none=True)
         sums: Tensor | None = None
         for part, batch in zip(parts, batches, strict=True):
@@ -125,8 +125,9 @@ class _Epochs:
             torch.manual_seed(hash((config.train.seed, state.epoch, state.step, part)) & 0xFFFFFFFF)
             with self._synchronised(part == parts[-1]):
                 terms = self._loss(config, batch)
-                (terms["total"] * share).backward()
-            values = torch.stack([value.detach().double() for value in terms.values()]) * share
+                # DDP takes the mean over workers, of which some may have run more parts than others.
+                (terms["total"] * (self.worker.world / count)).backward()
+            values = torch.stack([value.detach().double() for value in terms.values()]) / count
             sums = values if sums is None else sums + values
         nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.clip_norm)
         state.optimizer.step()
@@ -185,7 +186,7 @@ def _gathered(sums: Tensor, worker: Worker) -> Tensor:
 def _means(names: list[str], state: TrainState) -> dict[str, float]:
     """Mean loss terms over the steps that are done and over all workers."""
     assert state.sums is not None
-    values = (state.sums.mean(0) / state.step).tolist()
+    values = (state.sums.sum(0) / state.step).tolist()
     means = {f"loss/{name}": value for name, value in zip(names, values, strict=True)}
     if not math.isfinite(means["loss/total"]):
         raise TrainingError(
