@@ -109,7 +109,9 @@ def _worker_loop(payload: dict[str, Any]) -> None:
     loss = build_loss(config.loss, _perceptual(config)).to(device)
     with Curves(store, f"runs/{payload['run']}/curves", payload["settings"]) as curves:
         about = card(config, train, worker.world, state, before, payload["init"])
-        report = _Reporter(config, store, curves, about, worker.rank, payload["run"])
+        steps = config.train.steps_per_epoch or -(-len(train) // config.data.batch_size)
+        images = steps * config.data.batch_size
+        report = _Reporter(config, store, curves, about, images, worker.rank, payload["run"])
         model = prepare_model(state.model)
         fit(state, config, train, val, loss, report, save=report.save, model=model, worker=worker)
 
@@ -158,10 +160,18 @@ class _Reporter:
     """Hand metrics and checkpoints to Ray, to TensorBoard and to the person who watches."""
 
     def __init__(
-        self, config: ExperimentConfig, store: ObjectStore, curves: Curves, about: dict[str, Any], rank: int, run: str
+        self,
+        config: ExperimentConfig,
+        store: ObjectStore,
+        curves: Curves,
+        about: dict[str, Any],
+        images: int,
+        rank: int,
+        run: str,
     ) -> None:
+        """`images`: in an epoch, over all workers."""
         self._config, self._store, self._curves, self._about = config, store, curves, about
-        self._rank, self._run = rank, run
+        self._images, self._rank, self._run = images, rank, run
         self._label = run.rpartition("/")[2]
         self._started = time.monotonic()
 
@@ -169,11 +179,18 @@ class _Reporter:
         """At the end of an epoch."""
         seconds, self._started = time.monotonic() - self._started, time.monotonic()
         if self._rank == 0:
-            self._curves.log(metrics, state.epoch)
+            self._curves.log({**metrics, **self._speed(seconds)}, state.epoch)
         self._send(metrics, state)
         if self._rank == 0:
             # Not print(): Ray Train replaces it in its workers and shows every line twice.
             sys.stderr.write(f"{self._label} {progress_line(metrics, self._config.train.epochs, seconds)}\n")
+
+    def _speed(self, seconds: float) -> dict[str, float]:
+        """Of the epoch with its validation; an epoch that was entered halfway looks faster than it was."""
+        found = {"train/images_per_second": self._images / seconds}
+        if torch.cuda.is_available():
+            found["train/gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        return found
 
     def save(self, state: TrainState) -> None:
         """Within an epoch."""
@@ -199,12 +216,13 @@ class _Reporter:
 
 def progress_line(metrics: Mapping[str, float], epochs: int, seconds: float) -> str:
     """One epoch in one line; figures are aligned, gains are over the degraded input."""
+    left = (epochs - metrics["epoch"]) * seconds / 60
     defect = ""
     if "val/defect_psnr" in metrics:
         defect = f"  defect {metrics['val/defect_psnr']:.2f} dB ({metrics['val/defect_psnr_gain']:+.2f})"
     return (
         f"epoch {int(metrics['epoch']):3d}/{epochs}  loss {metrics['loss/total']:.4f}"
-        f"  PSNR {metrics['val/psnr']:.2f} dB ({metrics['val/psnr_gain']:+.2f}){defect}  {seconds:.0f} s"
+        f"  PSNR {metrics['val/psnr']:.2f} dB ({metrics['val/psnr_gain']:+.2f}){defect}  {seconds:.0f} s, {left:.0f} min left"
     )
 
 
