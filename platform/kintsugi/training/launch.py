@@ -222,7 +222,8 @@ def progress_line(metrics: Mapping[str, float], epochs: int, seconds: float) -> 
         defect = f"  defect {metrics['val/defect_psnr']:.2f} dB ({metrics['val/defect_psnr_gain']:+.2f})"
     return (
         f"epoch {int(metrics['epoch']):3d}/{epochs}  loss {metrics['loss/total']:.4f}"
-        f"  PSNR {metrics['val/psnr']:.2f} dB ({metrics['val/psnr_gain']:+.2f}){defect}  {seconds:.0f} s, {left:.0f} min left"
+        f"  PSNR {metrics['val/psnr']:.2f} dB ({metrics['val/psnr_gain']:+.2f}){defect}"
+        f"  {seconds:.0f} s, {left:.0f} min left"
     )
 
 
