@@ -48,7 +48,8 @@ def launch_training(
 
     Args:
         run: name below `runs/` in the store, with slashes for runs within a search.
-        callbacks: Ray Train callbacks, for example Tune's.
+        callbacks: Ray Train callbacks, for example Tune's. With any, checkpoints are taken at the end of an epoch
+            only: Tune ends a trial whose report has no score.
         settings: hyper-parameters that TensorBoard's HParams table shows for this run.
         init: prefix in the store of a checkpoint or model version whose weights a new run starts from.
 
@@ -61,6 +62,7 @@ def launch_training(
         "run": run,
         "settings": dict(settings or {}),
         "init": init,
+        "within_epochs": not callbacks,
     }
     parent, _, name = f"runs/{run}".rpartition("/")
     trainer = TorchTrainer(
@@ -113,7 +115,8 @@ def _worker_loop(payload: dict[str, Any]) -> None:
         images = steps * config.data.batch_size
         report = _Reporter(config, store, curves, about, images, worker.rank, payload["run"])
         model = prepare_model(state.model)
-        fit(state, config, train, val, loss, report, save=report.save, model=model, worker=worker)
+        save = report.save if payload["within_epochs"] else None
+        fit(state, config, train, val, loss, report, save=save, model=model, worker=worker)
 
 
 def _continue(state: TrainState, store: ObjectStore, run: str, worker: Worker) -> dict[str, Any] | None:
