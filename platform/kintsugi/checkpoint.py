@@ -5,7 +5,8 @@ weights.safetensors  config.yaml  metrics.json  card.json  [train_state.pt]  man
 
 import json
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from kintsugi.models import RestorationUNet, build_model
 from kintsugi.storage import ObjectStore, write_atomically
 
 _log = logging.getLogger(__name__)
+
+Rank = tuple[float, ...]
 
 WEIGHTS, CONFIG, METRICS, CARD, TRAIN_STATE = (
     "weights.safetensors",
@@ -114,24 +117,38 @@ def fetch_best(store: ObjectStore, run: str, folder: Path) -> Checkpoint:
     Raises:
         TrainingError: the run has no whole checkpoint.
     """
-    if _fetch_first(store, run, folder, "score") is None:
+    if _fetch_first(store, run, folder, lambda metrics: (metrics.get("score", -math.inf),)) is None:
         raise TrainingError(f"run {run} has no whole checkpoint under {store.uri}/runs/{run}/: start it again")
     return load_checkpoint(folder)
 
 
 def fetch_newest(store: ObjectStore, run: str, folder: Path) -> str | None:
-    """Download the run's whole checkpoint with the highest `epoch`.
+    """Download the run's whole checkpoint with the highest `epoch`, and within it the highest `step`.
 
     Returns:
         Its prefix in the store; None where the run has no whole checkpoint yet.
     """
-    return _fetch_first(store, run, folder, "epoch")
+    return _fetch_first(store, run, folder, lambda metrics: (metrics["epoch"], metrics.get("step", 0)))
 
 
-def _fetch_first(store: ObjectStore, run: str, folder: Path, metric: str) -> str | None:
+def delete_torn(store: ObjectStore, run: str) -> list[str]:
+    """Delete what was uploaded of checkpoints whose manifest never came; their prefixes.
+
+    Only while nobody else writes to the run.
+    """
+    keys = [info.key for info in store.list(f"runs/{run}/checkpoint_")]
+    prefixes = {"/".join(key.split("/")[: 2 + run.count("/") + 1]) for key in keys}
+    torn = sorted(prefix for prefix in prefixes if f"{prefix}/{MANIFEST}" not in keys)
+    for key in keys:
+        if key.startswith(tuple(f"{prefix}/" for prefix in torn)):
+            store.delete(key)
+    return torn
+
+
+def _fetch_first(store: ObjectStore, run: str, folder: Path, rank: Callable[[dict[str, float]], Rank]) -> str | None:
     keys = [info.key for info in store.list(f"runs/{run}/")]
     found = [key.removesuffix(f"/{MANIFEST}") for key in keys if key.endswith(f"/{MANIFEST}")]
-    ranked = [(json.loads(store.get(f"{key}/{METRICS}"))[metric], key) for key in found if f"{key}/{METRICS}" in keys]
+    ranked = [(rank(json.loads(store.get(f"{key}/{METRICS}"))), key) for key in found if f"{key}/{METRICS}" in keys]
     for _, key in sorted(ranked, reverse=True):
         try:
             get_folder(store, key, folder)

@@ -215,6 +215,20 @@ class TrainConfig(Section):
     validation_images: int | None = Field(default=None, ge=1, description="default: all")
     seed: int = 0
     workers: int = Field(default=2, ge=1, description="DDP processes")
+    min_workers: int | None = Field(
+        default=None, ge=1, description="go on with as few when nodes are lost, until they are back; default: wait"
+    )
+    micro_batches: int = Field(
+        default=1, ge=1, description="a worker takes its share of a batch in so many parts and sums their gradients"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="auto: bf16 on a GPU, else fp32")
+    compile: bool = Field(default=False, description="torch.compile the model: a minute or two, then faster steps")
+    checkpoint_steps: int | None = Field(
+        default=None, ge=1, description="also save every so many steps within an epoch; default: only at its end"
+    )
+    max_minutes: float | None = Field(
+        default=None, gt=0, description="stop after the epoch, or the save within it, that passes this"
+    )
     cpus_per_worker: float = Field(default=1.0, gt=0)
     threads: int = Field(default=1, ge=1, description="torch threads of a CPU worker")
     gpu: bool = Field(default=False, description="one GPU for each worker")
@@ -243,11 +257,16 @@ class ExperimentConfig(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        workers, batch = self.train.workers, self.data.batch_size
-        if batch % workers:
+        parts, batch = self.train.workers * self.train.micro_batches, self.data.batch_size
+        if batch % parts:
             raise ValueError(
-                f"data.batch_size must be a multiple of train.workers (got {batch} and {workers}): "
-                f"set data.batch_size={-(-batch // workers) * workers}"
+                f"data.batch_size must be a multiple of train.workers * train.micro_batches (got {batch} and {parts}): "
+                f"set data.batch_size={-(-batch // parts) * parts}"
+            )
+        least = self.train.min_workers
+        if least is not None and least > self.train.workers:
+            raise ValueError(
+                f"train.min_workers must be at most train.workers (got {least} and {self.train.workers}): lower it"
             )
         if self.data.mask_dropout > 0 and self.model.mask not in ("optional", "predicted"):
             raise ValueError(

@@ -94,7 +94,7 @@ class Registry:
             number = self._next_number(name)
             while True:
                 try:
-                    put_folder(self.store, _version_key(name, number), folder, manifest, create_only=True)
+                    put_folder(self.store, version_key(name, number), folder, manifest, create_only=True)
                     return self.version(name, number)
                 except PreconditionFailed:
                     number += 1
@@ -116,7 +116,7 @@ class Registry:
 
     def version(self, name: str, number: int) -> ModelVersion:
         try:
-            manifest = read_manifest(self.store, _version_key(_check_name(name), number))
+            manifest = read_manifest(self.store, version_key(_check_name(name), number))
         except ObjectNotFound:
             raise ModelNotFound(
                 f"there is no model {name}@{number}: 'kintsugi models list' shows what exists"
@@ -178,7 +178,7 @@ class Registry:
         return version
 
     def scorecard(self, version: ModelVersion) -> bytes:
-        return self.store.get(f"{_version_key(version.name, version.number)}/{SCORECARD}")
+        return self.store.get(f"{version_key(version.name, version.number)}/{SCORECARD}")
 
     def fetch(self, version: ModelVersion, cache: Path | None = None) -> Path:
         """A verified local folder for `Restorer.from_checkpoint`; fetched once for each digest.
@@ -191,7 +191,7 @@ class Registry:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".kintsugi-"))
         try:
-            manifest = get_folder(self.store, _version_key(version.name, version.number), scratch)
+            manifest = get_folder(self.store, version_key(version.name, version.number), scratch)
             if manifest.digest != version.digest:
                 raise IntegrityError(f"{version.ref} changed in the store since it was resolved: publish it anew")
             return _place(scratch, folder)
@@ -244,7 +244,8 @@ def _is_whole(folder: Path, digest: str) -> bool:
         return False
 
 
-def _version_key(name: str, number: int) -> str:
+def version_key(name: str, number: int) -> str:
+    """The version's prefix in the store."""
     return f"models/{name}/versions/{number}"
 
 

@@ -35,14 +35,19 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--set", dest="sets", action="append", default=[])
+    parser.add_argument("--init", type=Path, help="a checkpoint folder whose weights a new run starts from")
     parser.add_argument("--trained-on", default="", help="told in the checkpoint's card")
     options = parser.parse_args()
     config = load_config(options.config, [*options.sets, "train.workers=1"])
-    train_split, val = train(config, options.folder, options.out, options.trained_on or options.folder.name)
+    train_split, val = train(
+        config, options.folder, options.out, options.trained_on or options.folder.name, options.init
+    )
     _publish(options.out / "checkpoint", options.out / "published", config, train_split, val)
 
 
-def train(config: ExperimentConfig, folder: Path, out: Path, trained_on: str) -> tuple[SplitReader, SplitReader]:
+def train(
+    config: ExperimentConfig, folder: Path, out: Path, trained_on: str, init: Path | None = None
+) -> tuple[SplitReader, SplitReader]:
     """Train in this process, from `out/latest` where that is; the splits that it used."""
     torch.set_num_threads(config.train.threads)
     store = LocalStore(out / "store")
@@ -52,8 +57,16 @@ def train(config: ExperimentConfig, folder: Path, out: Path, trained_on: str) ->
     state = build_state(config, train.digest)
     if (out / "latest").exists():
         state.load(out / "latest")
+    elif init is not None:
+        state.start_from(load_checkpoint(init))
     started, before = time.monotonic(), _seconds(out)
-    card = {"trained_on": trained_on, "dataset_digest": train.digest, "threads": config.train.threads}
+    earlier = load_checkpoint(init).card if init is not None else {}
+    card = {
+        "trained_on": trained_on,
+        "steps_before": earlier.get("steps", 0),
+        "dataset_digest": train.digest,
+        "threads": config.train.threads,
+    }
 
     def report(metrics: Mapping[str, float], state: TrainState) -> None:
         seconds = before + time.monotonic() - started

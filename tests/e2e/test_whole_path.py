@@ -124,7 +124,7 @@ def test_training_on_two_workers_publishes_a_model_with_its_origin(
 ) -> None:
     shown = machine.ask("models", "show", trained["model"])
     assert shown["dataset_digest"] == dataset["digest"]
-    assert shown["card"]["world_size"] == 2
+    assert shown["card"]["workers"] == [{"epoch": 0, "step": 0, "world_size": 2}]
     assert shown["card"]["perceptual"] == "vgg11, random weights"
     assert shown["scores"]["epoch"] in (1.0, 2.0)
 

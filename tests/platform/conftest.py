@@ -27,7 +27,7 @@ TINY = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_config() -> ExperimentConfig:
     return parse_config(TINY)
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from kintsugi.checkpoint import (
+    delete_torn,
     fetch_best,
     fetch_newest,
     load_checkpoint,
@@ -91,3 +92,28 @@ def test_a_checkpoint_whose_manifest_never_arrived_is_not_seen(tmp_path: Path, t
             store.put(f"runs/r/checkpoint_0/{path.name}", path)
     with pytest.raises(TrainingError, match="no whole checkpoint"):
         fetch_best(store, "r", tmp_path / "best")
+
+
+def test_a_checkpoint_within_an_epoch_is_newer_than_the_end_of_the_one_before_and_never_the_best(
+    tmp_path: Path, tiny_config: ExperimentConfig
+) -> None:
+    store = MemoryStore()
+    figures = {"end-1": {"epoch": 1, "score": 1.0}, "early": {"epoch": 1, "step": 4}, "late": {"epoch": 1, "step": 12}}
+    for name, metrics in figures.items():
+        model = build_model(tiny_config.model)
+        manifest = save_checkpoint(tmp_path / name, model, tiny_config, metrics, {})
+        put_folder(store, f"runs/r/checkpoint_{name}", tmp_path / name, manifest)
+    assert fetch_newest(store, "r", tmp_path / "a") == "runs/r/checkpoint_late"
+    assert fetch_best(store, "r", tmp_path / "b").metrics == figures["end-1"]
+
+
+def test_only_uploads_that_never_ended_are_deleted(tmp_path: Path, tiny_config: ExperimentConfig) -> None:
+    store = MemoryStore()
+    saved(tmp_path, tiny_config)
+    put_folder(store, "runs/s/t/checkpoint_a", tmp_path, make_manifest(tmp_path, "checkpoint"))
+    for key in ("runs/s/t/checkpoint_b/weights.safetensors", "runs/s/t/curves/events", "runs/s/u/checkpoint_c/x"):
+        store.put(key, b"x")
+    assert delete_torn(store, "s/t") == ["runs/s/t/checkpoint_b"]
+    left = {info.key for info in store.list("runs/")}
+    assert "runs/s/t/checkpoint_a/manifest.json" in left and "runs/s/t/curves/events" in left
+    assert "runs/s/u/checkpoint_c/x" in left and not any("checkpoint_b" in key for key in left)

@@ -99,6 +99,18 @@ def test_without_a_model_the_shipped_weights_are_used(
     assert imaging.decode((tmp_path / "out.png").read_bytes()).size == (30, 40)
 
 
+def test_a_start_from_another_model_is_refused_before_anything_starts(
+    model: str, tiny_config: ExperimentConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(with_values(tiny_config, {"data.dataset": "tiny"}).to_yaml())
+    assert run("train", str(path), "--init-from", model, "--set", "model.residual=false", "--set", "model.base=16") == 1
+    told = capsys.readouterr().err
+    assert f"model.base (is {tiny_config.model.base} there)" in told and "model.residual" in told
+    assert run("train", str(path), "--init-from", "unet@9") == 1
+    assert "unet" in capsys.readouterr().err
+
+
 def test_models_are_promoted_listed_and_shown(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("models", "promote", model) == 0
     assert run("models", "list", "--json") == 0

@@ -110,7 +110,8 @@ def test_the_last_set_wins_and_the_file_gives_the_rest(file: Path) -> None:
         ("loss.weights.defect=0.5", r"sum to 1 \(they sum to 1\.25\): divide each by 1\.25"),
         (
             "data.batch_size=7",
-            r"data\.batch_size must be a multiple of train\.workers \(got 7 and 2\): set data\.batch_size=8",
+            r"data\.batch_size must be a multiple of train\.workers \* train\.micro_batches "
+            r"\(got 7 and 2\): set data\.batch_size=8",
         ),
         ("model.blocks=[1, 2]", "blocks needs one entry for each of the 4 levels and one for the bottleneck"),
         ("model.attention_window=24", r"multiple of stem \* 2\*\*levels = 16 px \(got 24\)"),

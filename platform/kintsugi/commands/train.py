@@ -10,8 +10,9 @@ import typer
 from kintsugi import cluster
 from kintsugi.commands.console import Json, Sets, note, print_json, say
 from kintsugi.commands.evaluate import print_scorecard
-from kintsugi.commands.lookup import open_root_store
+from kintsugi.commands.lookup import fetch_model, open_root_store
 from kintsugi.config import ExperimentConfig, load_config, with_values
+from kintsugi.errors import ConfigError
 from kintsugi.storage import ObjectStore
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ def train(
     config: Annotated[Path, typer.Argument(help="Experiment config, YAML.")],
     name: Annotated[str, typer.Option(help="Name to publish the best checkpoint under.")] = "unet",
     run: Annotated[str | None, typer.Option(help="Name of the run; an earlier one is continued.")] = None,
+    init_from: Annotated[
+        str | None, typer.Option(metavar="NAME[@ALIAS|@NUMBER]", help="Start from a published model's weights.")
+    ] = None,
     sets: Sets = None,
     as_json: Json = False,
 ) -> None:
@@ -33,14 +37,34 @@ def train(
 
     settings = pin_dataset(store, load_config(config, sets or ()))
     check_perceptual(settings)
+    init = None if init_from is None else _initial(store, init_from, settings)
     run = run or f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     cluster.connect()
     note(
         f"run {run}: {settings.train.workers} workers, {settings.train.epochs} epochs, dataset {settings.data.dataset}"
     )
-    launch_training(settings, store.uri, run)
+    launch_training(settings, store.uri, run, init=init)
     version, card = publish_best(store, name, run)
     _tell_published(version, card, run, as_json)
+
+
+def _initial(store: ObjectStore, model: str, config: ExperimentConfig) -> str:
+    """Where the published model lies in the store.
+
+    Raises:
+        ConfigError: its weights are of another model than the config's.
+    """
+    from kintsugi.registry import Registry, version_key
+
+    version = Registry(store).resolve(model)
+    theirs = load_config(fetch_model(store, version.ref)[1] / "config.yaml").model
+    ours = config.model
+    differ = [name for name in type(ours).model_fields if getattr(ours, name) != getattr(theirs, name)]
+    # Neither changes what weights there are.
+    if names := sorted({*differ} - {"dropout", "encoder_weights"}):
+        told = ", ".join(f"model.{name} (is {getattr(theirs, name)} there)" for name in names)
+        raise ConfigError(f"--init-from {version.ref} is another model than the config's: set {told}")
+    return version_key(version.name, version.number)
 
 
 def pin_dataset(store: ObjectStore, config: ExperimentConfig) -> ExperimentConfig:

@@ -104,36 +104,74 @@ class TrainCrops(Dataset[Crops]):
         return torch.from_numpy(np.ascontiguousarray(planes))
 
 
-def epoch_indices(
-    count: int, *, seed: int, epoch: int, rank: int, world: int, batch: int, steps: int | None = None
-) -> list[int]:
-    """The sample indices of one worker for one epoch.
+class EpochKeys(Sampler[Key]):
+    """What one worker loads in one epoch: (epoch, index, round) for each crop, in whole micro-batches.
 
-    A permutation that depends on seed and epoch, filled up from its start to whole batches (or to `steps` of
-    them), of which worker `rank` takes every `world`-th. So global batch b is the same set of images for any
-    number of workers that divides `batch`, and all workers take equally many steps.
+    A permutation that depends on seed and epoch is passed over until all steps are filled; the round tells how
+    often. Of a global batch micro-batch m takes every `parts`-th sample from m on, and worker `rank` takes
+    micro-batches rank, rank + world, ...: any number of workers up to `parts` sees the same micro-batches.
+
+    Args:
+        count: samples in the split.
+        batch: samples of a step, over all workers; a multiple of `parts`.
+        steps: of the epoch; default one pass over the data.
+        start: steps of the epoch that are done already.
     """
-    return [index for index, _ in _epoch_items(count, seed, epoch, rank, world, batch, steps)]
+
+    def __init__(
+        self,
+        count: int,
+        *,
+        seed: int,
+        epoch: int,
+        batch: int,
+        parts: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        steps: int | None = None,
+        start: int = 0,
+    ) -> None:
+        if count < 1:
+            raise DataError("the training split holds no image: build the dataset again")
+        if world > parts:
+            raise DataError(f"{parts} micro-batches cannot be shared by {world} workers: set train.workers={world}")
+        self.parts = range(rank, parts, world)
+        self.steps = -(-count // batch) if steps is None else steps
+        self._epoch, self._count, self._start = epoch, count, start
+        self._order = generator_for(seed, "epoch", epoch).permutation(count)
+        self._batch, self._stride = batch, parts
+
+    def __len__(self) -> int:
+        return (self.steps - self._start) * len(self.parts) * (self._batch // self._stride)
+
+    def __iter__(self) -> Iterator[Key]:
+        for step in range(self._start, self.steps):
+            for part in self.parts:
+                for place in range(step * self._batch + part, (step + 1) * self._batch, self._stride):
+                    yield self._epoch, int(self._order[place % self._count]), place // self._count
 
 
 def build_train_loader(
-    reader: SplitReader, config: ExperimentConfig, *, epoch: int, rank: int, world: int
+    reader: SplitReader, config: ExperimentConfig, *, epoch: int, rank: int = 0, world: int = 1, start: int = 0
 ) -> DataLoader[Crops]:
-    """Batches of `Crops` for one worker and one epoch: `data.batch_size / world` crops each.
+    """Micro-batches of `Crops` for one worker and one epoch, see `EpochKeys`.
+
+    Args:
+        start: steps of the epoch that are done already.
 
     Raises:
-        DataError: the batch cannot be shared equally by `world` workers.
+        DataError: there are more workers than micro-batches in a batch.
     """
     data, train = config.data, config.train
-    if data.batch_size % world:
-        raise DataError(
-            f"data.batch_size={data.batch_size} cannot be shared by {world} workers: use a multiple of {world}"
-        )
-    items = _epoch_items(len(reader), train.seed, epoch, rank, world, data.batch_size, train.steps_per_epoch)
+    parts = train.workers * train.micro_batches
+    keys = EpochKeys(
+        len(reader), seed=train.seed, epoch=epoch, batch=data.batch_size, parts=parts, rank=rank, world=world,
+        steps=train.steps_per_epoch, start=start,
+    )  # fmt: skip
     return DataLoader(
         TrainCrops(reader, config),
-        batch_size=data.batch_size // world,
-        sampler=_Keys([(epoch, index, again) for index, again in items]),
+        batch_size=data.batch_size // parts,
+        sampler=keys,
         num_workers=data.loader_processes,
         worker_init_fn=_one_thread if data.loader_processes else None,
         multiprocessing_context=_fork_server() if data.loader_processes else None,
@@ -207,28 +245,6 @@ def _start(length: int, size: int, pixel: int | None, generator: np.random.Gener
     if pixel is not None:
         low, high = max(low, pixel - size + 1), min(high, pixel)
     return int(generator.integers(low, high, endpoint=True))
-
-
-def _epoch_items(
-    count: int, seed: int, epoch: int, rank: int, world: int, batch: int, steps: int | None
-) -> list[tuple[int, int]]:
-    """(index, round) pairs; the round tells how often the epoch has passed over the data before."""
-    if count < 1:
-        raise DataError("the training split holds no image: build the dataset again")
-    order = generator_for(seed, "epoch", epoch).permutation(count)
-    total = batch * (-(-count // batch) if steps is None else steps)
-    return [(int(order[place % count]), place // count) for place in range(rank, total, world)]
-
-
-class _Keys(Sampler[tuple[int, int, int]]):
-    def __init__(self, keys: list[tuple[int, int, int]]) -> None:
-        self._keys = keys
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        return iter(self._keys)
 
 
 def _fork_server() -> BaseContext:

@@ -1,6 +1,7 @@
 """Ray Train around the loop: DDP workers, checkpoints and curves in the store, resumption by run name."""
 
 import logging
+import platform
 import sys
 import tempfile
 import time
@@ -16,17 +17,19 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig,
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 
-from kintsugi.checkpoint import fetch_newest
+from kintsugi.checkpoint import delete_torn, fetch_newest, load_checkpoint
 from kintsugi.config import ExperimentConfig, parse_config
 from kintsugi.data.dataset import SplitReader, open_split
 from kintsugi.errors import KintsugiError, TrainingError
 from kintsugi.losses import build_loss
-from kintsugi.manifest import get_folder
+from kintsugi.manifest import MANIFEST, Manifest, get_folder, put_folder
 from kintsugi.models import PerceptualDistance
 from kintsugi.storage import ObjectStore, open_store
 from kintsugi.training.curves import Curves
 from kintsugi.training.loop import Worker, fit
 from kintsugi.training.state import TrainState, build_state
+
+_log = logging.getLogger(__name__)
 
 
 def launch_training(
@@ -36,6 +39,7 @@ def launch_training(
     *,
     callbacks: Sequence[Any] = (),
     settings: Mapping[str, float | str] | None = None,
+    init: str | None = None,
 ) -> None:
     """Train on the connected Ray cluster until done; the same `run` again continues from its last checkpoint.
 
@@ -44,8 +48,10 @@ def launch_training(
 
     Args:
         run: name below `runs/` in the store, with slashes for runs within a search.
-        callbacks: Ray Train callbacks, for example Tune's.
+        callbacks: Ray Train callbacks, for example Tune's. With any, checkpoints are taken at the end of an epoch
+            only: Tune ends a trial whose report has no score.
         settings: hyper-parameters that TensorBoard's HParams table shows for this run.
+        init: prefix in the store of a checkpoint or model version whose weights a new run starts from.
 
     Raises:
         TrainingError: the workers failed more often than `train.max_failures` allows.
@@ -55,6 +61,8 @@ def launch_training(
         "store": store_uri,
         "run": run,
         "settings": dict(settings or {}),
+        "init": init,
+        "within_epochs": not callbacks,
     }
     parent, _, name = f"runs/{run}".rpartition("/")
     trainer = TorchTrainer(
@@ -81,7 +89,9 @@ def launch_training(
 def _scaling(config: ExperimentConfig) -> ScalingConfig:
     train = config.train
     resources = {"CPU": train.cpus_per_worker, **({"GPU": 1} if train.gpu else {})}
-    return ScalingConfig(num_workers=train.workers, use_gpu=train.gpu, resources_per_worker=resources)
+    elastic = train.min_workers is not None and train.min_workers < train.workers
+    workers = (train.min_workers, train.workers) if elastic else train.workers
+    return ScalingConfig(num_workers=workers, use_gpu=train.gpu, resources_per_worker=resources)  # pyright: ignore[reportArgumentType]
 
 
 def _worker_loop(payload: dict[str, Any]) -> None:
@@ -93,17 +103,24 @@ def _worker_loop(payload: dict[str, Any]) -> None:
     train = open_split(store, config.data.dataset, "train")
     val = open_split(store, config.data.dataset, "val")
     context, device = ray_train.get_context(), get_device()
-    worker = Worker(context.get_world_rank(), context.get_world_size(), device)
+    worker = Worker(context.get_world_rank(), context.get_world_size(), device, _Notice())
     state = build_state(config, train.digest, device)
-    _continue(state, store, payload["run"], worker)
+    before = _continue(state, store, payload["run"], worker)
+    if before is None and payload["init"] is not None:
+        _start_from(state, store, payload["init"])
     loss = build_loss(config.loss, _perceptual(config)).to(device)
     with Curves(store, f"runs/{payload['run']}/curves", payload["settings"]) as curves:
-        report = _Reporter(config, curves, card(config, train, worker.world), worker.rank, payload["run"])
-        fit(state, config, train, val, loss, report, model=prepare_model(state.model), worker=worker)
+        about = card(config, train, worker.world, state, before, payload["init"])
+        steps = config.train.steps_per_epoch or -(-len(train) // config.data.batch_size)
+        images = steps * config.data.batch_size
+        report = _Reporter(config, store, curves, about, images, worker.rank, payload["run"])
+        model = prepare_model(state.model)
+        save = report.save if payload["within_epochs"] else None
+        fit(state, config, train, val, loss, report, save=save, model=model, worker=worker)
 
 
-def _continue(state: TrainState, store: ObjectStore, run: str, worker: Worker) -> None:
-    """Bring every worker to the run's newest whole checkpoint, if it has one.
+def _continue(state: TrainState, store: ObjectStore, run: str, worker: Worker) -> dict[str, Any] | None:
+    """Bring every worker to the run's newest whole checkpoint; that one's card, None where there is none.
 
     The store is asked, not `ray.train.get_checkpoint()`: Ray notes a checkpoint some time after it was
     uploaded, and a driver that died in between would train the epoch again. Rank 0 chooses for all, since
@@ -111,55 +128,127 @@ def _continue(state: TrainState, store: ObjectStore, run: str, worker: Worker) -
     """
     with tempfile.TemporaryDirectory(prefix="kintsugi-resume-") as scratch:
         folder = Path(scratch)
+        if worker.rank == 0 and (torn := delete_torn(store, run)):
+            _log.warning("run %s: deleted %d uploads that never ended", run, len(torn))
         prefix = broadcast_from_rank_zero(fetch_newest(store, run, folder) if worker.rank == 0 else None)
         if prefix is None:
-            return
+            return None
         if worker.rank > 0:
             get_folder(store, prefix, folder)
         state.load(folder)
+        return load_checkpoint(folder).card
+
+
+def _start_from(state: TrainState, store: ObjectStore, prefix: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="kintsugi-init-") as scratch:
+        get_folder(store, prefix, Path(scratch))
+        state.start_from(load_checkpoint(Path(scratch)))
+
+
+class _Notice:
+    """Whether a node of this run will be taken away: said once for each notice, to all workers alike."""
+
+    def __init__(self) -> None:
+        self._known: int | None = None
+
+    def __call__(self) -> bool:
+        info = ray_train.get_preemption_info()
+        deadline = None if info is None else info.deadline_ms
+        new = deadline is not None and deadline != self._known
+        self._known = deadline
+        return new
 
 
 class _Reporter:
-    """Hand metrics and checkpoint of an epoch to Ray, to TensorBoard and to the person who watches."""
+    """Hand metrics and checkpoints to Ray, to TensorBoard and to the person who watches."""
 
-    def __init__(self, config: ExperimentConfig, curves: Curves, about: dict[str, Any], rank: int, run: str) -> None:
-        self._config, self._curves, self._about, self._rank = config, curves, about, rank
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        store: ObjectStore,
+        curves: Curves,
+        about: dict[str, Any],
+        images: int,
+        rank: int,
+        run: str,
+    ) -> None:
+        """`images`: in an epoch, over all workers."""
+        self._config, self._store, self._curves, self._about = config, store, curves, about
+        self._images, self._rank, self._run = images, rank, run
         self._label = run.rpartition("/")[2]
         self._started = time.monotonic()
 
     def __call__(self, metrics: Mapping[str, float], state: TrainState) -> None:
+        """At the end of an epoch."""
+        seconds, self._started = time.monotonic() - self._started, time.monotonic()
+        if self._rank == 0:
+            self._curves.log({**metrics, **self._speed(seconds)}, state.epoch)
+        self._send(metrics, state)
+        if self._rank == 0:
+            # Not print(): Ray Train replaces it in its workers and shows every line twice.
+            sys.stderr.write(f"{self._label} {progress_line(metrics, self._config.train.epochs, seconds)}\n")
+
+    def _speed(self, seconds: float) -> dict[str, float]:
+        """Of the epoch with its validation; an epoch that was entered halfway looks faster than it was."""
+        found = {"train/images_per_second": self._images / seconds}
+        if torch.cuda.is_available():
+            found["train/gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        return found
+
+    def save(self, state: TrainState) -> None:
+        """Within an epoch."""
+        self._send({"epoch": state.epoch, "step": state.step}, state)
+
+    def _send(self, metrics: Mapping[str, float], state: TrainState) -> None:
         if self._rank > 0:
             ray_train.report(dict(metrics), checkpoint=None)
             return
-        seconds, self._started = time.monotonic() - self._started, time.monotonic()
-        self._curves.log(metrics, state.epoch)
         with tempfile.TemporaryDirectory(prefix="kintsugi-checkpoint-") as folder:
             state.save(Path(folder), self._config, metrics, self._about)
-            ray_train.report(dict(metrics), checkpoint=RayCheckpoint.from_directory(folder))
-        # Not print(): Ray Train replaces it in its workers and shows every line twice.
-        sys.stderr.write(f"{self._label} {progress_line(metrics, self._config.train.epochs, seconds)}\n")
+            checkpoint = RayCheckpoint.from_directory(folder)
+            ray_train.report(dict(metrics), checkpoint=checkpoint, checkpoint_upload_fn=self._upload)
+
+    def _upload(self, checkpoint: RayCheckpoint, name: str) -> RayCheckpoint:
+        """Its manifest goes last: Ray's own copy goes in any order, and what it leaves when killed looks whole."""
+        folder = Path(checkpoint.path)
+        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+        put_folder(self._store, f"runs/{self._run}/{name}", folder, manifest)
+        storage: Any = ray_train.get_context().get_storage()
+        return RayCheckpoint(f"{storage.experiment_fs_path}/{name}", storage.storage_filesystem)
 
 
 def progress_line(metrics: Mapping[str, float], epochs: int, seconds: float) -> str:
     """One epoch in one line; figures are aligned, gains are over the degraded input."""
+    left = (epochs - metrics["epoch"]) * seconds / 60
     defect = ""
     if "val/defect_psnr" in metrics:
         defect = f"  defect {metrics['val/defect_psnr']:.2f} dB ({metrics['val/defect_psnr_gain']:+.2f})"
     return (
         f"epoch {int(metrics['epoch']):3d}/{epochs}  loss {metrics['loss/total']:.4f}"
-        f"  PSNR {metrics['val/psnr']:.2f} dB ({metrics['val/psnr_gain']:+.2f}){defect}  {seconds:.0f} s"
+        f"  PSNR {metrics['val/psnr']:.2f} dB ({metrics['val/psnr_gain']:+.2f}){defect}"
+        f"  {seconds:.0f} s, {left:.0f} min left"
     )
 
 
-def card(config: ExperimentConfig, train: SplitReader, world: int) -> dict[str, Any]:
-    """How the model came to be, kept in its checkpoint."""
+def card(
+    config: ExperimentConfig,
+    train: SplitReader,
+    world: int,
+    state: TrainState,
+    before: Mapping[str, Any] | None = None,
+    init: str | None = None,
+) -> dict[str, Any]:
+    """How the model came to be, kept in its checkpoint; `before` is the card of the checkpoint that it goes on from."""
     weights = config.loss.perceptual.weights
     used = config.loss.weights.perceptual > 0
+    history = list(before["workers"]) if before else []
     return {
         "dataset": config.data.dataset,
         "dataset_digest": train.digest,
+        "init": before["init"] if before else init,
         "perceptual": f"{config.loss.perceptual.network}, {weights} weights" if used else "not used",
-        "world_size": world,
+        "workers": [*history, {"epoch": state.epoch, "step": state.step, "world_size": world}],
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}",
         "versions": {name: version(name) for name in ("kintsugi", "torch", "ray", "kornia", "timm")},
     }
 

@@ -1,9 +1,12 @@
 """The training loop in plain PyTorch. Ray passes its own `report`, a test passes `list.append`."""
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import islice
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -11,23 +14,31 @@ from torch import Tensor, nn
 
 from kintsugi.config import ExperimentConfig
 from kintsugi.data.dataset import SplitReader
-from kintsugi.data.loader import build_train_loader, evaluation_pair
+from kintsugi.data.loader import Crops, EpochKeys, build_train_loader, evaluation_pair
 from kintsugi.errors import TrainingError
 from kintsugi.losses import RestorationLoss
 from kintsugi.metrics import align, defect_psnr, psnr, score
+from kintsugi.models import Prediction
 from kintsugi.restore.restorer import Restorer
 from kintsugi.training.state import TrainState
 
 Report = Callable[[Mapping[str, float], TrainState], None]
+Save = Callable[[TrainState], None]
+_POLL_STEPS = 10
+"""How often workers ask each other whether one must save at once: asking makes them wait for each other."""
 
 
 @dataclass(frozen=True)
 class Worker:
-    """One process among `world`; all hold the same model."""
+    """One process among `world`; all hold the same model.
+
+    `urgent` tells that this process will soon be taken away: then all save as soon as they have agreed on it.
+    """
 
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    urgent: Callable[[], bool] | None = None
 
 
 def fit(
@@ -38,51 +49,145 @@ def fit(
     loss: RestorationLoss,
     report: Report,
     *,
+    save: Save | None = None,
     model: nn.Module | None = None,
     worker: Worker | None = None,
 ) -> None:
-    """Train until `train.epochs` are done or `train.patience` epochs brought no better score.
+    """Train until `train.epochs` are done, `train.patience` epochs brought no better score, or time is up.
 
     After each epoch `report(metrics, state)` is called on every worker with the same, reduced metrics.
 
     Args:
+        save: called on every worker, after the same step, when a checkpoint within an epoch is due.
         model: what to call for a forward pass, for example DDP around `state.model`; default that itself.
     """
     worker = worker or Worker()
+    minutes = config.train.max_minutes
+    deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    epochs = _Epochs(loss, model or state.model, worker, save, deadline)
+    if config.train.compile:
+        epochs = replace(epochs, model=cast(nn.Module, torch.compile(epochs.model)))
     while state.epoch < config.train.epochs and state.stale < config.train.patience:
         learning_rate = float(state.scheduler.get_last_lr()[0])
-        terms = _train_epoch(state, config.at_epoch(state.epoch), train, loss, model or state.model, worker)
+        terms = epochs.run(state, config.at_epoch(state.epoch), train)
+        if terms is None:
+            return
         found = _validate(state, config, val, worker)
         state.note(found["score"])
         report({"epoch": state.epoch, "learning_rate": learning_rate, **terms, **found}, state)
+        if epochs.late():
+            return
 
 
-def _train_epoch(
-    state: TrainState,
-    config: ExperimentConfig,
-    train: SplitReader,
-    loss: RestorationLoss,
-    model: nn.Module,
-    worker: Worker,
-) -> dict[str, float]:
-    # Dropout is the only draw from the global generator: seeding it here makes a resumed epoch the same one.
-    torch.manual_seed(hash((config.train.seed, state.epoch, worker.rank)) & 0xFFFFFFFF)
-    loader = build_train_loader(train, config, epoch=state.epoch, rank=worker.rank, world=worker.world)
-    model.train()
-    totals: dict[str, Tensor] = {}
-    steps = 0
-    for batch in islice(loader, config.train.steps_per_epoch):
-        degraded, clean, mask, known, labelled, scale = (part.to(worker.device, non_blocking=True) for part in batch)
-        terms = loss(model(degraded, mask * known.view(-1, 1, 1, 1), known), clean, mask, labelled, scale)
+@dataclass(frozen=True)
+class _Epochs:
+    """Runs epochs, from wherever the state stands."""
+
+    loss: RestorationLoss
+    model: nn.Module
+    worker: Worker
+    save: Save | None
+    deadline: float
+
+    def run(self, state: TrainState, config: ExperimentConfig, train: SplitReader) -> dict[str, float] | None:
+        """Mean loss terms of the epoch over all workers; None where time ran out within it."""
+        worker, names = self.worker, [*self.loss.weights, "total"]
+        loader = build_train_loader(
+            train, config, epoch=state.epoch, rank=worker.rank, world=worker.world, start=state.step
+        )
+        keys = cast(EpochKeys, loader.sampler)
+        sums = _own_share(state.sums, len(names), worker)
+        self.model.train()
+        batches = iter(loader)
+        while state.step < keys.steps:
+            sums += self._step(state, config, list(keys.parts), islice(batches, len(keys.parts)))
+            if state.step < keys.steps and self._due(state, config):
+                state.sums = _gathered(sums, worker)
+                _means(names, state)
+                assert self.save is not None
+                self.save(state)
+                if self.late():
+                    return None
+        state.sums = _gathered(sums, worker)
+        return _means(names, state)
+
+    def late(self) -> bool:
+        """Whether time is up, for all workers alike."""
+        return self.deadline < math.inf and _any(time.monotonic() > self.deadline, self.worker)
+
+    def _step(self, state: TrainState, config: ExperimentConfig, parts: list[int], batches: Iterator[Crops]) -> Tensor:
+        """One step of the optimizer; this worker's share of the loss terms, on its device."""
+        count = config.train.workers * config.train.micro_batches
         state.optimizer.zero_grad(set_to_none=True)
-        terms["total"].backward()
+        sums: Tensor | None = None
+        for part, batch in zip(parts, batches, strict=True):
+            # Dropout is all that draws from the global generator: seeded so, it does not depend on who runs the part.
+            torch.manual_seed(hash((config.train.seed, state.epoch, state.step, part)) & 0xFFFFFFFF)
+            with self._synchronised(part == parts[-1]):
+                terms = self._loss(config, batch)
+                # DDP takes the mean over workers, of which some may have run more parts than others.
+                (terms["total"] * (self.worker.world / count)).backward()
+            values = torch.stack([value.detach().double() for value in terms.values()]) / count
+            sums = values if sums is None else sums + values
         nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.clip_norm)
         state.optimizer.step()
         if state.averaged is not None:
             state.averaged.update_parameters(state.model)
-        totals = {name: totals.get(name, 0) + value.detach() for name, value in terms.items()}
-        steps += 1
-    means = _mean_over_workers({f"loss/{name}": float(value) / steps for name, value in totals.items()}, worker)
+        state.step += 1
+        assert sums is not None
+        return sums
+
+    def _loss(self, config: ExperimentConfig, batch: Crops) -> dict[str, Tensor]:
+        device = self.worker.device
+        degraded, clean, mask, known, labelled, scale = (part.to(device, non_blocking=True) for part in batch)
+        degraded = degraded.contiguous(memory_format=torch.channels_last)
+        precision = config.train.precision
+        half = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            image, *maps = self.model(degraded, mask * known.view(-1, 1, 1, 1), known)
+        # Losses are differences of near equals: bf16 has 8 bits for them.
+        answer = Prediction(image.float(), *(None if part is None else part.float() for part in maps))
+        return self.loss(answer, clean, mask, labelled, scale)
+
+    def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Gradients travel between workers once a step, with the last micro-batch."""
+        no_sync = getattr(self.model, "no_sync", None)
+        return contextlib.nullcontext() if last or no_sync is None else no_sync()
+
+    def _due(self, state: TrainState, config: ExperimentConfig) -> bool:
+        """Whether a checkpoint within the epoch is due, for all workers alike."""
+        if self.save is None:
+            return False
+        every = config.train.checkpoint_steps
+        if every is not None and state.step % every == 0:
+            return True
+        urgent = self.worker.urgent
+        return urgent is not None and state.step % _POLL_STEPS == 0 and _any(urgent(), self.worker)
+
+
+def _own_share(sums: Tensor | None, terms: int, worker: Worker) -> Tensor:
+    """What this worker's loss terms add up to so far; under another number of workers the first has it all."""
+    if sums is None:
+        return torch.zeros(terms, dtype=torch.float64, device=worker.device)
+    if len(sums) != worker.world:
+        sums = torch.cat([sums.sum(0, keepdim=True), torch.zeros(worker.world - 1, terms, dtype=torch.float64)])
+    return sums[worker.rank].to(worker.device, copy=True)
+
+
+def _gathered(sums: Tensor, worker: Worker) -> Tensor:
+    """(world, terms), on the CPU."""
+    if worker.world == 1:
+        return sums[None].cpu()
+    rows = [torch.empty_like(sums) for _ in range(worker.world)]
+    dist.all_gather(rows, sums)
+    return torch.stack(rows).cpu()
+
+
+def _means(names: list[str], state: TrainState) -> dict[str, float]:
+    """Mean loss terms over the steps that are done and over all workers."""
+    assert state.sums is not None
+    values = (state.sums.sum(0) / state.step).tolist()
+    means = {f"loss/{name}": value for name, value in zip(names, values, strict=True)}
     if not math.isfinite(means["loss/total"]):
         raise TrainingError(
             f"the loss is no longer finite in epoch {state.epoch + 1}: lower optim.learning_rate or optim.clip_norm"
@@ -116,10 +221,11 @@ def _validate(state: TrainState, config: ExperimentConfig, val: SplitReader, wor
     return {**figures, "score": score(gain / images, defect_gain / defects if defects else math.nan)}
 
 
-def _mean_over_workers(values: dict[str, float], worker: Worker) -> dict[str, float]:
-    sums = torch.tensor(list(values.values()), dtype=torch.float64)
-    _sum_over_workers(sums, worker)
-    return dict(zip(values, (sums / worker.world).tolist(), strict=True))
+def _any(flag: bool, worker: Worker) -> bool:
+    """Whether it holds for any worker."""
+    count = torch.tensor([float(flag)], dtype=torch.float64)
+    _sum_over_workers(count, worker)
+    return bool(count.item())
 
 
 def _sum_over_workers(sums: Tensor, worker: Worker) -> None:

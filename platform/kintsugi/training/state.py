@@ -11,18 +11,22 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from torch.optim.swa_utils import AveragedModel
 
-from kintsugi.checkpoint import load_checkpoint, load_train_state, load_weights, save_checkpoint
+from kintsugi.checkpoint import Checkpoint, load_checkpoint, load_train_state, load_weights, save_checkpoint
 from kintsugi.config import ExperimentConfig
 from kintsugi.errors import TrainingError
 from kintsugi.models import RestorationUNet, build_model
 from kintsugi.models.encoder import load_encoder_weights
+
+_COUNTERS = ("epoch", "step", "best", "stale")
 
 
 @dataclass
 class TrainState:
     """`epoch` is the number of finished epochs; `stale` counts those since the best score.
 
-    No generator is kept: order, crops, degradations and dropout are functions of (seed, epoch, rank, sample).
+    `step` counts the steps done in the epoch under way, and `sums` what its loss terms add up to so far, a row
+    for each worker, (world, terms). No generator is kept: order, crops, degradations and dropout are functions of
+    (seed, epoch, step, sample).
     """
 
     model: RestorationUNet
@@ -30,6 +34,8 @@ class TrainState:
     scheduler: CosineAnnealingWarmRestarts
     dataset_digest: str
     epoch: int = 0
+    step: int = 0
+    sums: Tensor | None = None
     best: float = float("-inf")
     stale: int = 0
     averaged: AveragedModel | None = None
@@ -41,7 +47,7 @@ class TrainState:
 
     def note(self, score: float) -> None:
         """Count an epoch that ended with `score`."""
-        self.epoch += 1
+        self.epoch, self.step, self.sums = self.epoch + 1, 0, None
         self.scheduler.step()
         self.stale = 0 if score > self.best else self.stale + 1
         self.best = max(self.best, score)
@@ -50,7 +56,7 @@ class TrainState:
         self, folder: Path, config: ExperimentConfig, metrics: Mapping[str, float], card: Mapping[str, Any]
     ) -> None:
         """Write a checkpoint that both resumes and restores."""
-        progress = {"epoch": self.epoch, "best": self.best, "stale": self.stale, "dataset_digest": self.dataset_digest}
+        progress = {name: getattr(self, name) for name in (*_COUNTERS, "sums", "dataset_digest")}
         live = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
         if self.averaged is not None:
             live |= {"model": self.model.state_dict(), "averages": self.averaged.n_averaged}
@@ -76,7 +82,18 @@ class TrainState:
             self.averaged.n_averaged.copy_(saved["averages"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
-        self.epoch, self.best, self.stale = saved["epoch"], saved["best"], saved["stale"]
+        for name in (*_COUNTERS, "sums"):
+            setattr(self, name, saved[name])
+
+    def start_from(self, checkpoint: Checkpoint) -> None:
+        """Take the weights of another run's checkpoint, and nothing else of it.
+
+        Raises:
+            IntegrityError: they are of another model.
+        """
+        load_weights(self.model, checkpoint)
+        if self.averaged is not None:
+            load_weights(self.published, checkpoint)
 
 
 def build_state(config: ExperimentConfig, dataset_digest: str, device: torch.device | str = "cpu") -> TrainState:
@@ -87,7 +104,7 @@ def build_state(config: ExperimentConfig, dataset_digest: str, device: torch.dev
     # Convolutions run faster with channels last: by a quarter on a CPU, more on tensor cores.
     model = model.to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     optim = config.optim
-    optimizer = AdamW(model.parameters(), lr=optim.learning_rate, weight_decay=optim.weight_decay)
+    optimizer = AdamW(model.parameters(), lr=optim.learning_rate, weight_decay=optim.weight_decay, fused=True)
     scheduler = CosineAnnealingWarmRestarts(
         optimizer, optim.restart_epochs, optim.restart_factor, eta_min=optim.min_learning_rate
     )

@@ -10,7 +10,7 @@ import torch
 from kintsugi.config import ExperimentConfig, parse_config
 from kintsugi.data.dataset import SplitReader, build_dataset, open_split
 from kintsugi.data.degradation import PRESETS
-from kintsugi.data.loader import Crops, TrainCrops, build_train_loader, epoch_indices, evaluation_pair
+from kintsugi.data.loader import Crops, EpochKeys, TrainCrops, build_train_loader, evaluation_pair
 from kintsugi.data.sample import Sample
 from kintsugi.errors import DataError
 from kintsugi.imaging import Image, convert, encode
@@ -192,31 +192,41 @@ def test_sixteen_bits_reach_the_model(pairs: Pairs, tmp_path: Path) -> None:
     assert len(crop.clean.unique()) > 400 and len(crop.degraded.unique()) > 256
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_another_number_of_workers_sees_the_same_global_batches(world: int) -> None:
-    def of(rank: int, world: int) -> list[int]:
-        return epoch_indices(13, seed=3, epoch=2, rank=rank, world=world, batch=8)
+def keys(count: int, **how: int) -> list[tuple[int, ...]]:
+    return list(EpochKeys(count, **{"seed": 0, "epoch": 0, "batch": 8, **how}))
 
-    alone = of(0, 1)
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_another_number_of_workers_sees_the_same_micro_batches_of_the_same_global_batches(world: int) -> None:
+    def of(rank: int, world: int) -> list[list[tuple[int, ...]]]:
+        found = keys(13, seed=3, epoch=2, rank=rank, world=world, parts=4)
+        return [found[start : start + 2] for start in range(0, len(found), 2)]
+
+    each = [of(rank, 4) for rank in range(4)]
     shared = [of(rank, world) for rank in range(world)]
-    assert {len(part) for part in shared} == {16 // world}
-    each = 8 // world
-    for start in range(2):
-        together = {index for part in shared for index in part[start * each : (start + 1) * each]}
-        assert together == set(alone[start * 8 : (start + 1) * 8])
-    assert set(alone) == set(range(13))
+    for rank, part in enumerate(shared):
+        own = [each[m][step] for step in range(2) for m in range(rank, 4, world)]
+        assert part == own
+    assert {index for part in shared for batch in part for _, index, _ in batch} == set(range(13))
 
 
 def test_an_epoch_drops_no_image_and_is_ordered_anew_each_time() -> None:
     def of(epoch: int, seed: int = 0) -> list[int]:
-        return epoch_indices(10, seed=seed, epoch=epoch, rank=0, world=1, batch=4)
+        return [index for _, index, _ in keys(10, seed=seed, epoch=epoch, batch=4)]
 
     assert sorted(of(0)[:10]) == list(range(10)) and of(0)[10:] == of(0)[:2]
     assert of(0) == of(0) and of(0) != of(1) and of(0) != of(0, seed=1)
 
 
 def test_fewer_images_than_a_batch_fill_it() -> None:
-    assert len(epoch_indices(3, seed=0, epoch=0, rank=1, world=2, batch=8)) == 4
+    assert len(keys(3, rank=1, world=2, parts=2)) == 4
+
+
+def test_an_epoch_goes_on_where_it_was_left() -> None:
+    for rank in range(2):
+        whole = keys(13, rank=rank, world=2, parts=4, steps=5)
+        assert keys(13, rank=rank, world=2, parts=4, steps=5, start=3) == whole[3 * 4 :]
+        assert len(EpochKeys(13, seed=0, epoch=0, batch=8, rank=rank, world=2, parts=4, steps=5, start=3)) == 2 * 4
 
 
 def test_an_epoch_of_given_length_takes_that_many_steps(reader: SplitReader) -> None:
@@ -234,11 +244,10 @@ def test_passes_over_the_data_within_one_epoch_cut_new_crops(pairs: Pairs, tmp_p
 
 def test_two_workers_together_see_what_one_sees(reader: SplitReader) -> None:
     config = config_with(train={"workers": 2})
-    alone = list(build_train_loader(reader, config, epoch=1, rank=0, world=1))
+    alone = list(build_train_loader(reader, config, epoch=1))
     halves = [list(build_train_loader(reader, config, epoch=1, rank=rank, world=2)) for rank in (0, 1)]
-    for whole, left, right in zip(alone, *halves, strict=True):
-        interleaved = torch.stack([left.degraded, right.degraded], 1).flatten(0, 1)
-        assert torch.equal(whole.degraded, interleaved)
+    assert all(map(equal, alone[0::2], halves[0])) and all(map(equal, alone[1::2], halves[1]))
+    assert len(alone) == 2 * len(halves[0])
 
 
 def test_decoding_processes_change_nothing_and_start_after_the_parent_has_computed(reader: SplitReader) -> None:
@@ -247,8 +256,8 @@ def test_decoding_processes_change_nothing_and_start_after_the_parent_has_comput
     assert all(map(equal, plain, build_train_loader(reader, config, epoch=0, rank=0, world=1)))
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(reader: SplitReader) -> None:
-    with pytest.raises(DataError, match="use a multiple of 3"):
+def test_more_workers_than_parts_of_a_batch_are_refused(reader: SplitReader) -> None:
+    with pytest.raises(DataError, match=r"train\.workers=3"):
         build_train_loader(reader, config_with(), epoch=0, rank=0, world=3)
 
 

@@ -1,5 +1,6 @@
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from kintsugi.errors import TrainingError
 from kintsugi.losses import RestorationLoss, build_loss
 from kintsugi.models import PerceptualDistance
 from kintsugi.storage import LocalStore
-from kintsugi.training.loop import fit
+from kintsugi.training.loop import Worker, fit
 from kintsugi.training.state import TrainState, build_state
 
 Reported = list[tuple[dict[str, float], dict[str, torch.Tensor]]]
@@ -20,15 +21,21 @@ def loss_of(config: ExperimentConfig) -> RestorationLoss:
     return build_loss(config.loss, PerceptualDistance(config.loss.perceptual))
 
 
-def run(store: LocalStore, config: ExperimentConfig, state: TrainState | None = None) -> tuple[Reported, TrainState]:
+def run(
+    store: LocalStore,
+    config: ExperimentConfig,
+    state: TrainState | None = None,
+    save: Callable[[TrainState], None] | None = None,
+) -> tuple[Reported, TrainState]:
     train, val = open_split(store, "tiny", "train"), open_split(store, "tiny", "val")
     state = state or build_state(config, train.digest)
     reported: Reported = []
+    how: dict[str, Any] = {} if save is None else {"save": save}
 
     def report(metrics: Mapping[str, float], now: TrainState) -> None:
         reported.append((dict(metrics), {k: v.clone() for k, v in now.model.state_dict().items()}))
 
-    fit(state, config, train, val, loss_of(config), report)
+    fit(state, config, train, val, loss_of(config), report, **how)
     return reported, state
 
 
@@ -62,6 +69,72 @@ def test_a_resumed_run_gives_the_very_same_losses_and_weights(
     assert [metrics for metrics, _ in resumed] == [metrics for metrics, _ in straight[1:]]
     for name, value in straight[-1][1].items():
         assert torch.equal(value, resumed[-1][1][name]), name
+
+
+def test_a_run_stopped_at_any_step_gives_the_very_same_losses_and_weights(
+    tmp_path: Path, tiny_store: LocalStore, tiny_config: ExperimentConfig
+) -> None:
+    values = {"train.epochs": 2, "train.steps_per_epoch": 4, "train.checkpoint_steps": 1, "optim.ema": 0.9}
+    config = with_values(tiny_config, {**values, "train.micro_batches": 2, "model.dropout": 0.2})
+    kept: list[tuple[int, int]] = []
+
+    def save(state: TrainState) -> None:
+        kept.append((state.epoch, state.step))
+        state.save(tmp_path / f"{state.epoch}-{state.step}", config, {}, {})
+
+    straight, _ = run(tiny_store, config, save=save)
+    assert kept == [(epoch, step) for epoch in (0, 1) for step in (1, 2, 3)]
+    for epoch, step in kept:
+        torch.manual_seed(999)
+        state = build_state(with_values(config, {"train.seed": 77}), open_split(tiny_store, "tiny", "train").digest)
+        state.load(tmp_path / f"{epoch}-{step}")
+        resumed, _ = run(tiny_store, config, state)
+        assert [metrics for metrics, _ in resumed] == [metrics for metrics, _ in straight[epoch:]]
+        for name, value in straight[-1][1].items():
+            assert torch.equal(value, resumed[-1][1][name]), name
+
+
+def test_micro_batches_change_no_sample_and_hardly_a_loss(
+    tiny_store: LocalStore, tiny_config: ExperimentConfig
+) -> None:
+    whole, parts = (
+        run(tiny_store, with_values(tiny_config, {"train.epochs": 1, "model.dropout": 0.0, "train.micro_batches": n}))
+        for n in (1, 4)
+    )
+    for name, value in whole[0][0][0].items():
+        if name != "loss/defect":  # a mean over the mask's pixels, of which parts of a batch hold unequal shares
+            assert parts[0][0][0][name] == pytest.approx(value, rel=0.02, abs=0.02), name
+
+
+def test_time_that_is_up_ends_the_run_with_a_checkpoint_within_the_epoch(
+    tmp_path: Path, tiny_store: LocalStore, tiny_config: ExperimentConfig
+) -> None:
+    values = {"train.steps_per_epoch": 9, "train.checkpoint_steps": 2, "train.max_minutes": 1e-9}
+    config = with_values(tiny_config, values)
+    reported, state = run(tiny_store, config, save=lambda now: now.save(tmp_path, config, {}, {}))
+    assert not reported and (state.epoch, state.step) == (0, 2)
+    fresh = build_state(config, state.dataset_digest)
+    fresh.load(tmp_path)
+    assert (fresh.epoch, fresh.step) == (0, 2)
+
+
+def test_a_process_that_will_be_taken_away_saves_at_once(tiny_store: LocalStore, tiny_config: ExperimentConfig) -> None:
+    train, val = open_split(tiny_store, "tiny", "train"), open_split(tiny_store, "tiny", "val")
+    config = with_values(tiny_config, {"train.epochs": 1, "train.steps_per_epoch": 21})
+    state, saved = build_state(config, train.digest), []
+    worker = Worker(urgent=lambda: state.step < 20)
+    fit(
+        state, config, train, val, loss_of(config), lambda *_: None,
+        save=lambda now: saved.append(now.step), worker=worker,
+    )  # fmt: skip
+    assert saved == [10]
+
+
+def test_bf16_trains_much_as_float32(tiny_store: LocalStore, tiny_config: ExperimentConfig) -> None:
+    config = with_values(tiny_config, {"train.epochs": 1})
+    plain = run(tiny_store, config)[0][0][0]["loss/total"]
+    half = run(tiny_store, with_values(config, {"train.precision": "bf16"}))[0][0][0]["loss/total"]
+    assert half != plain and half == pytest.approx(plain, rel=0.05)
 
 
 def test_it_stops_when_patience_runs_out(tiny_store: LocalStore, tiny_config: ExperimentConfig) -> None:
