@@ -17,7 +17,7 @@ _TOO_POOR = 0.3
 def train(
     dataset: Annotated[str, typer.Argument(metavar="NAME[@DIGEST]", help="Its clean images and masks are learned.")],
     folder: Annotated[Path, typer.Argument(help="Where the detector goes; 'kintsugi evaluate --detector' takes it.")],
-    steps: Annotated[int, typer.Option(min=1, help="About 0.3 s each on one CPU core.")] = 8000,
+    steps: Annotated[int, typer.Option(min=1, help="About 0.3 s each on one CPU core.")] = 5000,
     seed: Annotated[int, typer.Option(help="Of the weights and the crops.")] = 0,
     as_json: Json = False,
 ) -> None:

@@ -84,7 +84,7 @@ def build_detector(
     ref: str,
     folder: Path,
     *,
-    steps: int = 8000,
+    steps: int = 5000,
     seed: int = 0,
     progress: Callable[[int, float], None] | None = None,
 ) -> SegmenterCard:

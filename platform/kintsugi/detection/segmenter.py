@@ -175,7 +175,7 @@ def train_detector(
     samples: Samples,
     val_samples: Samples,
     *,
-    steps: int = 8000,
+    steps: int = 5000,
     seed: int = 0,
     width: int = 32,
     crop: int = 256,
