@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -187,7 +188,7 @@ def train_detector(
     """Train on the clean images of one split, measure on the clean images of another.
 
     Half of the crops lie on a defect, each defect image as likely as any other. Images that nobody labelled are
-    left out. Every second step sees 4 times as many crops of half the side: small defects are lost in large crops,
+    left out. Sharpness and noise are varied. Every second step sees 4 times as many crops of half the side: small defects are lost in large crops,
     large ones need them.
 
     Args:
@@ -292,8 +293,21 @@ class _Crops:
         # No quarter turns: parts lie the same way in front of a camera.
         flips = tuple(slice(None, None, 1 - 2 * int(flip)) for flip in generator.integers(2, size=2))
         gain, offset = np.exp(generator.uniform(-0.35, 0.35)), generator.uniform(-0.4, 0.4)
-        image = (image[places] * gain + offset).astype(np.float32)
+        image = _varied((image[places] * gain + offset).astype(np.float32), generator)
         return image[flips].copy(), mask[places][flips].copy()
+
+
+def _varied(image: Unit, generator: np.random.Generator) -> Unit:
+    """A lens softer, a sensor noisier than the one that took the image, each half of the time.
+
+    Without it a detector learns the grain of its camera, and takes the smoothness of any denoised surface for a defect.
+    """
+    softer, noisier = generator.random(2) < 0.5
+    if softer:
+        image = np.asarray(cv2.GaussianBlur(image, (0, 0), generator.uniform(0.3, 1.8)), np.float32)
+    if noisier:
+        image = image + np.float32(generator.uniform(0, 0.3)) * generator.standard_normal(image.shape, np.float32)
+    return image
 
 
 def _corner(mask: Unit, size: int, on_defect: bool, generator: np.random.Generator) -> tuple[int, int]:
