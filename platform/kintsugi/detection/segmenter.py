@@ -188,8 +188,8 @@ def train_detector(
     """Train on the clean images of one split, measure on the clean images of another.
 
     Half of the crops lie on a defect, each defect image as likely as any other. Images that nobody labelled are
-    left out. Sharpness and noise are varied. Every second step sees 4 times as many crops of half the side: small defects are lost in large crops,
-    large ones need them.
+    left out. Sharpness and noise are varied. Every second step sees 4 times as many crops of half the side: small
+    defects are lost in large crops, large ones need them.
 
     Args:
         crop: px, a multiple of 32; smaller images are mirrored at their border.
@@ -306,7 +306,8 @@ def _varied(image: Unit, generator: np.random.Generator) -> Unit:
     if softer:
         image = np.asarray(cv2.GaussianBlur(image, (0, 0), generator.uniform(0.3, 1.8)), np.float32)
     if noisier:
-        image = image + np.float32(generator.uniform(0, 0.3)) * generator.standard_normal(image.shape, np.float32)
+        noise = generator.standard_normal(image.shape, dtype=np.float32)
+        image = np.asarray(image + generator.uniform(0, 0.3) * noise, np.float32)
     return image
 
 
