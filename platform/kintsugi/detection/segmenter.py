@@ -12,7 +12,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -188,8 +187,8 @@ def train_detector(
     """Train on the clean images of one split, measure on the clean images of another.
 
     Half of the crops lie on a defect, each defect image as likely as any other. Images that nobody labelled are
-    left out. Sharpness and noise are varied. Every second step sees 4 times as many crops of half the side: small
-    defects are lost in large crops, large ones need them.
+    left out. Every second step sees 4 times as many crops of half the side: small defects are lost in large crops,
+    large ones need them.
 
     Args:
         crop: px, a multiple of 32; smaller images are mirrored at their border.
@@ -293,22 +292,8 @@ class _Crops:
         # No quarter turns: parts lie the same way in front of a camera.
         flips = tuple(slice(None, None, 1 - 2 * int(flip)) for flip in generator.integers(2, size=2))
         gain, offset = np.exp(generator.uniform(-0.35, 0.35)), generator.uniform(-0.4, 0.4)
-        image = _varied((image[places] * gain + offset).astype(np.float32), generator)
+        image = (image[places] * gain + offset).astype(np.float32)
         return image[flips].copy(), mask[places][flips].copy()
-
-
-def _varied(image: Unit, generator: np.random.Generator) -> Unit:
-    """A lens softer, a sensor noisier than the one that took the image, each half of the time.
-
-    Without it a detector learns the grain of its camera, and takes the smoothness of any denoised surface for a defect.
-    """
-    softer, noisier = generator.random(2) < 0.5
-    if softer:
-        image = np.asarray(cv2.GaussianBlur(image, (0, 0), generator.uniform(0.3, 1.8)), np.float32)
-    if noisier:
-        noise = generator.standard_normal(image.shape, dtype=np.float32)
-        image = np.asarray(image + generator.uniform(0, 0.3) * noise, np.float32)
-    return image
 
 
 def _corner(mask: Unit, size: int, on_defect: bool, generator: np.random.Generator) -> tuple[int, int]:
