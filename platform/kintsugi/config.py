@@ -133,6 +133,12 @@ class ModelConfig(Section):
             raise ValueError("encoder_weights needs encoder: name the timm model that they belong to")
         return self
 
+    def other_weights(self, other: "ModelConfig") -> dict[str, Any]:
+        """The settings, with their values in `other`, for which the weights of `other` are not this model's."""
+        # Neither changes what weights there are.
+        names = sorted(type(self).model_fields.keys() - {"dropout", "encoder_weights"})
+        return {f"model.{name}": getattr(other, name) for name in names if getattr(self, name) != getattr(other, name)}
+
 
 class LossWeights(Section):
     """Shares of the parts; they sum to 1. The first five are the published recipe's."""

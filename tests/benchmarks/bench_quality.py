@@ -18,8 +18,9 @@ import cv2
 import torch
 from quality_judge import Bench, Judged, Setting, Task, judge_all
 from quality_methods import METHODS, blind_non_local_means
-from quality_rows import SETS, Maker, Row, print_table
+from quality_rows import SETS, Maker
 from quality_tiles import Tiles
+from rows import Row, print_table, write_rows
 
 from kintsugi.config import Split
 from kintsugi.data.degradation import PRESETS
@@ -48,8 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print_table(rows)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(options.output, json.dumps([row.to_dict() for row in rows], indent=1).encode())
+    write_rows(rows, options.output)
     print(f"rows: {options.output}")
     return 0
 

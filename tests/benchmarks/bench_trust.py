@@ -9,7 +9,6 @@ of the image large. Rows are printed and written to .kintsugi/bench/trust.json.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,12 +19,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from quality_methods import blind_non_local_means
-from quality_rows import Row, print_table
 from quality_tiles import Tiles, Trial
+from rows import Row, print_table, write_rows
 
 from kintsugi.data.degradation import PRESETS, generator_for
 from kintsugi.restore.restorer import Restorer, RestoreSettings
-from kintsugi.storage import write_atomically
 from kintsugi.trust.judge import (
     InputProfile,
     Trust,
@@ -74,8 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     rows = _run(options)
     print_table(rows)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(options.output, json.dumps([row.to_dict() for row in rows], indent=1).encode())
+    write_rows(rows, options.output)
     return 0
 
 

@@ -1,10 +1,11 @@
 """From judged outputs to rows: means, intervals, goals, the worst category first."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from quality_judge import Judged
+from rows import Row
 
 from kintsugi.detection.detectability import Detectability
 from kintsugi.evaluation.scorecard import bootstrap
@@ -38,22 +39,6 @@ GOALS: Mapping[tuple[str, str], tuple[str, float]] = {
     ("clean input", "PSNR to the input"): (">=", 45.0),
 }
 """What a learned model must reach; classical methods are shown for comparison and have no goal."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the answer; `holds` is None where there is no goal or no value."""
-
-    figure: str
-    value: float | None
-    unit: str = ""
-    goal: str | None = None
-    holds: bool | None = None
-    n: int = 0
-    note: str = ""
-
-    def to_dict(self) -> dict[str, float | str | bool | None]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -136,14 +121,6 @@ class Maker:
             note = "share of sizes and contrasts at least as well kept as by blind non-local means"
             rows.append(self.row(method, where, "not below non-local means", above, "", len(pairs), note))
         return rows
-
-
-def print_table(rows: Iterable[Row], show: Callable[[str], None] = print) -> None:
-    """All rows, one a line: figure, value, goal, note."""
-    for row in rows:
-        value = "-" if row.value is None else f"{row.value:.3f}" if abs(row.value) < 10 else f"{row.value:.2f}"
-        mark = {True: "holds", False: "MISSED", None: ""}[row.holds]
-        show(f"{row.figure:<62} {value:>8} {row.unit:<3} {row.goal or '':<9} {mark:<7} n={row.n:<5} {row.note}")
 
 
 def _values(outputs: Sequence[Judged], name: str) -> np.ndarray:

@@ -58,11 +58,8 @@ def _initial(store: ObjectStore, model: str, config: ExperimentConfig) -> str:
 
     version = Registry(store).resolve(model)
     theirs = load_config(fetch_model(store, version.ref)[1] / "config.yaml").model
-    ours = config.model
-    differ = [name for name in type(ours).model_fields if getattr(ours, name) != getattr(theirs, name)]
-    # Neither changes what weights there are.
-    if names := sorted({*differ} - {"dropout", "encoder_weights"}):
-        told = ", ".join(f"model.{name} (is {getattr(theirs, name)} there)" for name in names)
+    if differ := config.model.other_weights(theirs):
+        told = ", ".join(f"{key} (is {value} there)" for key, value in differ.items())
         raise ConfigError(f"--init-from {version.ref} is another model than the config's: set {told}")
     return version_key(version.name, version.number)
 

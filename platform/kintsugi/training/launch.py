@@ -30,6 +30,8 @@ from kintsugi.training.loop import Worker, fit
 from kintsugi.training.state import TrainState, build_state
 
 _log = logging.getLogger(__name__)
+_NO_SCORE = -1e9
+"""Of a checkpoint within an epoch. Ray, which keeps the best, warns where none is given, and reads infinity back as None."""
 
 
 def launch_training(
@@ -200,13 +202,14 @@ class _Reporter:
         self._send({"epoch": state.epoch, "step": state.step}, state)
 
     def _send(self, metrics: Mapping[str, float], state: TrainState) -> None:
+        told = {"score": _NO_SCORE, **metrics}
         if self._rank > 0:
-            ray_train.report(dict(metrics), checkpoint=None)
+            ray_train.report(told, checkpoint=None)
             return
         with tempfile.TemporaryDirectory(prefix="kintsugi-checkpoint-") as folder:
             state.save(Path(folder), self._config, metrics, self._about)
             checkpoint = RayCheckpoint.from_directory(folder)
-            ray_train.report(dict(metrics), checkpoint=checkpoint, checkpoint_upload_fn=self._upload)
+            ray_train.report(told, checkpoint=checkpoint, checkpoint_upload_fn=self._upload)
 
     def _upload(self, checkpoint: RayCheckpoint, name: str) -> RayCheckpoint:
         """Its manifest goes last: Ray's own copy goes in any order, and what it leaves when killed looks whole."""

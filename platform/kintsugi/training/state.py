@@ -66,8 +66,8 @@ class TrainState:
         """Continue from a checkpoint of the same data and model.
 
         Raises:
-            TrainingError: the checkpoint was trained on another dataset.
-            IntegrityError: its files are damaged or its weights do not fit.
+            TrainingError: the checkpoint was trained on another dataset, or is of another model.
+            IntegrityError: its files are damaged.
         """
         checkpoint = load_checkpoint(folder)
         saved = load_train_state(checkpoint)
@@ -76,7 +76,16 @@ class TrainState:
                 f"the run was trained on dataset {saved['dataset_digest'][:12]} and now finds "
                 f"{self.dataset_digest[:12]}: name the old one as data.dataset, or start a run under a new name"
             )
+        if differ := self.model.config.other_weights(checkpoint.config.model):
+            told = ", ".join(f"{key} was {value}" for key, value in differ.items())
+            raise TrainingError(
+                f"the run was begun with another model ({told}): set that, or start a run under a new name"
+            )
         load_weights(self.published, checkpoint)
+        if (saved.get("model") is None) != (self.averaged is None):
+            raise TrainingError(
+                "the run was begun with optim.ema on and now has it off, or the other way: set it as it was"
+            )
         if self.averaged is not None:
             self.model.load_state_dict(saved["model"])
             self.averaged.n_averaged.copy_(saved["averages"])
