@@ -47,6 +47,15 @@ lock: $(BIN)/uv ## Write requirements.lock anew from pyproject.toml; ARGS=--upgr
 bench-quality: $(STAMP) ## Measure restoration on a folder of real tiles; ARGS="FOLDER --limit 20" shortens it
 	$(BIN)/python tests/benchmarks/bench_quality.py $(ARGS)
 
+.PHONY: bench-train
+bench-train: $(STAMP) ## Measure training against torchrun and against data in memory, and on a GPU if there is one
+	$(BIN)/python tests/benchmarks/bench_train.py $(ARGS)
+	$(BIN)/python tests/benchmarks/bench_train_gpu.py
+
+.PHONY: chaos-train
+chaos-train: $(STAMP) ## Kill workers, nodes, drivers and writers of a training; ARGS="--kills 3 --writers 10" shortens it
+	$(BIN)/python tests/benchmarks/chaos_train.py $(ARGS)
+
 .PHONY: down
 down: $(STAMP) ## Stop the local stack
 	@$(BIN)/kintsugi down

@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench-train", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--turns", type=int, default=2, help="of each kind of run, alternating")
     parser.add_argument("--steps", type=int, default=40, help="in each of the 3 epochs of a run")
+    parser.add_argument("--output", type=Path, default=output_of("bench-train"))
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="kintsugi-bench-") as scratch:
         store = LocalStore(Path(scratch) / "store")
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = with_values(load_config(ROOT / "platform/configs/demo.yaml"), values)
         rows = [cache_row(store, config, options.turns), ray_row(store, config, Path(scratch), options.turns)]
     print_table(rows)
-    write_rows(rows, output_of("bench-train"))
+    write_rows(rows, options.output)
     return int(any(row.holds is False for row in rows))
 
 

@@ -51,10 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--loaders", type=int, default=12, help="processes that make crops")
     parser.add_argument("--crop", type=int, default=256)
     parser.add_argument("--device", default="cuda", help="cpu: to try the script, its rows have no goal")
+    parser.add_argument("--output", type=Path, default=output_of("bench-train-gpu"))
     options = parser.parse_args(arguments)
     rows = _rows(options) if options.device == "cpu" or torch.cuda.is_available() else [_absent()]
     print_table(rows)
-    write_rows(rows, output_of("bench-train-gpu"))
+    write_rows(rows, options.output)
     return int(any(row.holds is False for row in rows))
 
 

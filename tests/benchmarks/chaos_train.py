@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--writers", type=int, default=100, help="writers of checkpoints to be killed")
     parser.add_argument("--only", nargs="+", choices=sorted(PARTS), default=list(PARTS))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=output_of("chaos-train"))
     options = parser.parse_args(arguments)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="kintsugi-chaos-") as scratch:
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for part in options.only:
             rows += PARTS[part](room, options)
     print_table(rows)
-    write_rows(rows, output_of("chaos-train"))
+    write_rows(rows, options.output)
     return int(any(row.holds is False for row in rows))
 
 

@@ -188,8 +188,8 @@ def train_detector(
     """Train on the clean images of one split, measure on the clean images of another.
 
     Half of the crops lie on a defect, each defect image as likely as any other. Images that nobody labelled are
-    left out. The grain of three in five is varied. Every second step sees 4 times as many crops of half the side: small defects are lost in large crops,
-    large ones need them.
+    left out. The grain of three crops in five is varied. Every second step sees 4 times as many crops of half the
+    side: small defects are lost in large crops, large ones need them.
 
     Args:
         crop: px, a multiple of 32; smaller images are mirrored at their border.

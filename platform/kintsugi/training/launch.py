@@ -31,7 +31,7 @@ from kintsugi.training.state import TrainState, build_state
 
 _log = logging.getLogger(__name__)
 _NO_SCORE = -1e9
-"""Of a checkpoint within an epoch. Ray, which keeps the best, warns where none is given, and reads infinity back as None."""
+"""Of a checkpoint within an epoch. Ray keeps the best, warns where there is none, and reads infinity back as None."""
 
 
 def launch_training(
