@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -79,12 +79,15 @@ class ObjectStore(ABC):
 
 
 class MemoryStore(ObjectStore):
-    """A store in this process, for tests."""
+    """A store in this process, for tests; another process gets a copy."""
 
-    def __init__(self) -> None:
+    def __init__(self, objects: Mapping[str, bytes] | None = None) -> None:
         self.uri = "memory://"
-        self._objects: dict[str, bytes] = {}
+        self._objects = dict(objects or {})
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type["MemoryStore"], tuple[dict[str, bytes]]]:
+        return MemoryStore, (self._objects,)
 
     def get_with_etag(self, key: str) -> tuple[bytes, str]:
         try:
