@@ -3,6 +3,8 @@
 KintsugiError
 ├── ConfigError            a setting cannot work
 ├── DataError              a folder, a dataset or a pair of images cannot be used
+│   ├── BadRows            too many images of a published dataset are damaged
+│   ├── CacheFull          a split does not fit into the local cache
 │   └── ImageError         bytes that are not an image kintsugi restores; carries a stable `code`
 ├── IntegrityError         stored bytes differ from their manifest
 ├── StoreError             the object store refused or failed
@@ -25,6 +27,14 @@ class ConfigError(KintsugiError):
 
 class DataError(KintsugiError):
     """A folder, a dataset or a pair of images cannot be used."""
+
+
+class BadRows(DataError):
+    """Too many images of a published dataset are damaged."""
+
+
+class CacheFull(DataError):
+    """A split does not fit into the local cache."""
 
 
 class ImageError(DataError):

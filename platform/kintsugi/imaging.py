@@ -24,6 +24,8 @@ from kintsugi.errors import ImageError
 Format = Literal["png", "tiff", "jpeg", "bmp"]
 Pixels = NDArray[np.uint8] | NDArray[np.uint16]
 MAX_PIXELS = 100_000_000
+_CHUNK = 2**18
+"""Samples that are turned into levels at a time."""
 
 _MAGIC: tuple[tuple[bytes, Format], ...] = (
     (b"\x89PNG\r\n\x1a\n", "png"),
@@ -74,8 +76,8 @@ class Image:
 
     def to_unit(self) -> NDArray[np.float32]:
         """float32 in [0, 1], 0 is black, shaped as `pixels`."""
-        unit = self.pixels.astype(np.float32) / np.float32(self.white_level)
-        return 1 - unit if self._stores_negative else unit
+        unit = np.divide(self.pixels, np.float32(self.white_level), dtype=np.float32)
+        return np.subtract(1, unit, out=unit) if self._stores_negative else unit
 
     def with_unit(self, unit: NDArray[np.float32]) -> "Image":
         """The same kind of image with other content; `unit` is shaped as `pixels`, clipped to [0, 1]."""
@@ -83,9 +85,16 @@ class Image:
             raise ImageError("mismatch", f"expected an image of shape {self.pixels.shape}, got {unit.shape}")
         if not np.isfinite(unit).all():
             raise ImageError("mismatch", "the image holds values that are not finite")
+        pixels = np.empty_like(self.pixels)
+        # Some rows at a time: float64 takes four times the memory of 16-bit pixels, and more for each step.
+        rows = max(1, _CHUNK * len(pixels) // max(1, pixels.size))
+        for top in range(0, len(pixels), rows):
+            pixels[top : top + rows] = self._to_levels(unit[top : top + rows])
+        return replace(self, pixels=pixels)
+
+    def _to_levels(self, unit: NDArray[np.float32]) -> NDArray[np.float64]:
         shares = np.clip(unit.astype(np.float64), 0, 1)
-        levels = np.rint((1 - shares if self._stores_negative else shares) * self.white_level)
-        return replace(self, pixels=levels.astype(self.pixels.dtype))
+        return np.rint((1 - shares if self._stores_negative else shares) * self.white_level)
 
     @property
     def _stores_negative(self) -> bool:

@@ -5,6 +5,7 @@ last; `get_folder` reads nothing that no manifest names and checks every hash be
 """
 
 import hashlib
+import math
 import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -13,9 +14,11 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from kintsugi.errors import IntegrityError, ObjectNotFound
+from kintsugi.retry import persist
 from kintsugi.storage import ObjectStore, checked_key, sha256, write_atomically
 
 MANIFEST = "manifest.json"
+TRANSFERS = 3
 
 
 class FileEntry(BaseModel):
@@ -88,15 +91,23 @@ def get_folder(store: ObjectStore, prefix: str, folder: Path) -> Manifest:
 
 
 def get_verified(store: ObjectStore, key: str, entry: FileEntry, path: Path) -> None:
-    """Download one file; it appears at `path` only if its size and hash are right."""
+    """Download one file; it appears at `path` only if its size and hash are right. A torn transfer is begun anew.
+
+    Raises:
+        IntegrityError: the object is missing, or came `TRANSFERS` times with other bytes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".kintsugi-") as scratch:
         part = Path(scratch) / "part"
-        try:
+
+        def transfer() -> None:
             store.download(key, part)
+            check_file(part, entry, f"{store.uri}/{key}")
+
+        try:
+            persist(transfer, IntegrityError, seconds=math.inf, tries=TRANSFERS, first=0.1)
         except ObjectNotFound as error:
             raise IntegrityError(f"{store.uri}/{key} is missing though its manifest names it: publish again") from error
-        check_file(part, entry, f"{store.uri}/{key}")
         part.replace(path)
 
 

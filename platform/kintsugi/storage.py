@@ -9,13 +9,14 @@ import hashlib
 import os
 import shutil
 import threading
+import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from kintsugi.errors import (
@@ -25,6 +26,9 @@ from kintsugi.errors import (
     StoreError,
     StoreUnavailable,
 )
+from kintsugi.retry import persist
+
+T = TypeVar("T")
 
 _OWN = ".kintsugi-"  # names of the store's own files in a folder
 # S3 answers 400 to these (docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html).
@@ -75,12 +79,15 @@ class ObjectStore(ABC):
 
 
 class MemoryStore(ObjectStore):
-    """A store in this process, for tests."""
+    """A store in this process, for tests; another process gets a copy."""
 
-    def __init__(self) -> None:
+    def __init__(self, objects: Mapping[str, bytes] | None = None) -> None:
         self.uri = "memory://"
-        self._objects: dict[str, bytes] = {}
+        self._objects = dict(objects or {})
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type["MemoryStore"], tuple[dict[str, bytes]]]:
+        return MemoryStore, (self._objects,)
 
     def get_with_etag(self, key: str) -> tuple[bytes, str]:
         try:
@@ -168,40 +175,67 @@ class LocalStore(ObjectStore):
             yield
 
 
-class S3Store(ObjectStore):
-    """A store under `s3://bucket/prefix`; endpoint and credentials come from the standard AWS variables."""
+@dataclass(frozen=True)
+class Patience:
+    """How long S3 is tried.
 
-    def __init__(self, uri: str) -> None:
+    A request that fails or stalls is repeated by botocore, at most `requests` times in all, with its pauses; a
+    transfer that fails nevertheless, or halfway, is begun anew while no more than `seconds` have passed.
+    """
+
+    seconds: float = 10.0
+    requests: int = 8
+    connect_s: float = 5.0
+    stall_s: float = 30.0
+
+
+LONG = Patience(seconds=900.0)
+"""For work that costs more to lose than to keep waiting: a training run outlives a store that is away for minutes."""
+
+
+class S3Store(ObjectStore):
+    """A store under `s3://bucket/prefix`; endpoint and credentials come from the standard AWS variables.
+
+    A conditional write is sent again only by botocore: after a lost answer nobody can tell who wrote.
+    """
+
+    def __init__(self, uri: str, patience: Patience | None = None) -> None:
         parts = urlsplit(uri)
         if not parts.netloc or parts.query or parts.fragment:
             raise ConfigError(f"{uri}: write a store as s3://bucket/prefix")
         self.bucket = parts.netloc
         self._prefix = parts.path.strip("/") + "/" if parts.path.strip("/") else ""
         self.uri = f"s3://{self.bucket}/{self._prefix}".rstrip("/")
+        self.patience = patience or Patience()
 
     @cached_property
     def _client(self) -> Any:
         import boto3
         from botocore.config import Config
 
-        retries = {"mode": "standard", "total_max_attempts": 5}
-        return boto3.client("s3", config=Config(retries=retries, connect_timeout=5, read_timeout=60))
+        retries = {"mode": "standard", "total_max_attempts": self.patience.requests}
+        timeouts = {"connect_timeout": self.patience.connect_s, "read_timeout": self.patience.stall_s}
+        return boto3.client("s3", config=Config(retries=retries, **timeouts))
 
-    def __reduce__(self) -> tuple[type["S3Store"], tuple[str]]:
-        return type(self), (self.uri,)
+    def __reduce__(self) -> tuple[type["S3Store"], tuple[str, Patience]]:
+        return type(self), (self.uri, self.patience)
 
     def get_with_etag(self, key: str) -> tuple[bytes, str]:
-        with self._errors(key):
+        def read() -> tuple[bytes, str]:
             answer = self._client.get_object(Bucket=self.bucket, Key=self._key(key))
             return answer["Body"].read(), answer["ETag"]
 
+        return self._persist(key, read)
+
     def put(self, key: str, data: bytes | Path, *, if_none_match: bool = False, if_match: str | None = None) -> None:
         if isinstance(data, Path) and not if_none_match and if_match is None:
-            with self._errors(key):
-                self._client.upload_file(str(data), self.bucket, self._key(key))
+            self._persist(key, lambda: self._client.upload_file(str(data), self.bucket, self._key(key)))
             return
-        condition = {"IfNoneMatch": "*"} if if_none_match else {} if if_match is None else {"IfMatch": if_match}
         body = data if isinstance(data, bytes) else data.read_bytes()
+        condition = {"IfNoneMatch": "*"} if if_none_match else {} if if_match is None else {"IfMatch": if_match}
+        if not condition:
+            self._persist(key, lambda: self._client.put_object(Bucket=self.bucket, Key=self._key(key), Body=body))
+            return
         try:
             with self._errors(key):
                 self._client.put_object(Bucket=self.bucket, Key=self._key(key), Body=body, **condition)
@@ -209,19 +243,20 @@ class S3Store(ObjectStore):
             raise PreconditionFailed(_changed(key)) from error
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        below = self._prefix + checked_prefix(prefix)
-        with self._errors(prefix):
-            for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=below):
-                for found in page.get("Contents", ()):
-                    yield ObjectInfo(found["Key"][len(self._prefix) :], found["Size"])
+        request = {"Bucket": self.bucket, "Prefix": self._prefix + checked_prefix(prefix)}
+        while True:
+            page = self._persist(prefix, lambda: self._client.list_objects_v2(**request))
+            for found in page.get("Contents", ()):
+                yield ObjectInfo(found["Key"][len(self._prefix) :], found["Size"])
+            if not page.get("IsTruncated"):
+                return
+            request["ContinuationToken"] = page["NextContinuationToken"]
 
     def delete(self, key: str) -> None:
-        with self._errors(key):
-            self._client.delete_object(Bucket=self.bucket, Key=self._key(key))
+        self._persist(key, lambda: self._client.delete_object(Bucket=self.bucket, Key=self._key(key)))
 
     def download(self, key: str, path: Path) -> None:
-        with self._errors(key):
-            self._client.download_file(self.bucket, self._key(key), str(path))
+        self._persist(key, lambda: self._client.download_file(self.bucket, self._key(key), str(path)))
 
     def create_bucket(self) -> None:
         """Make the bucket if it is not there."""
@@ -232,21 +267,35 @@ class S3Store(ObjectStore):
     def _key(self, key: str) -> str:
         return self._prefix + checked_key(key)
 
+    def _persist(self, key: str, work: Callable[[], T]) -> T:
+        """For work that does no harm when it is done twice."""
+
+        def once() -> T:
+            with self._errors(key):
+                return work()
+
+        started = time.monotonic()
+        try:
+            return persist(once, StoreUnavailable, seconds=self.patience.seconds)
+        except StoreUnavailable as error:
+            raise StoreUnavailable(f"{error} (tried for {time.monotonic() - started:.0f} s)") from error
+
     @contextlib.contextmanager
     def _errors(self, key: str) -> Generator[None]:
         from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError
+        from botocore.parsers import ResponseParserError
 
         try:
             yield
-        except (Boto3Error, BotoCoreError, ClientError) as error:
+        except (Boto3Error, BotoCoreError, ClientError, ResponseParserError) as error:
             raise _from_boto(error, self.uri, key) from error
 
 
-def open_store(uri: str) -> ObjectStore:
-    """The store at a folder path or an `s3://bucket/prefix`."""
+def open_store(uri: str, patience: Patience | None = None) -> ObjectStore:
+    """The store at a folder path or an `s3://bucket/prefix`; `patience` is for S3."""
     if uri.startswith("s3://"):
-        return S3Store(uri)
+        return S3Store(uri, patience)
     if "://" in uri:
         raise ConfigError(f"{uri}: a store is a folder or s3://bucket/prefix")
     return LocalStore(Path(uri))
@@ -319,18 +368,15 @@ def _check_condition(current: bytes | None, key: str, if_none_match: bool, if_ma
 def _from_boto(error: Exception, uri: str, key: str) -> StoreError:
     """Map whatever boto3 raises; an upload hides the store's answer in the exception's context."""
     from boto3.exceptions import Boto3Error
-    from botocore.exceptions import (
-        ClientError,
-        ConnectionError,
-        HTTPClientError,
-        IncompleteReadError,
-    )
+    from botocore import exceptions as core
+    from botocore.parsers import ResponseParserError
 
-    if isinstance(error, Boto3Error) and isinstance(error.__context__, ClientError):
+    if isinstance(error, Boto3Error) and isinstance(error.__context__, core.ClientError):
         error = error.__context__
-    if isinstance(error, ClientError):
+    if isinstance(error, core.ClientError):
         return _from_client_error(error, uri, key)
-    if isinstance(error, Boto3Error | ConnectionError | HTTPClientError | IncompleteReadError):
+    torn = (core.IncompleteReadError, core.FlexibleChecksumError, core.ChecksumError, ResponseParserError)
+    if isinstance(error, (Boto3Error, core.ConnectionError, core.HTTPClientError, *torn)):
         return StoreUnavailable(f"{uri} did not answer ({error}): check AWS_ENDPOINT_URL, then try again")
     return StoreError(f"{uri} cannot be used ({error}): check KINTSUGI_STORE, the AWS variables and the credentials")
 

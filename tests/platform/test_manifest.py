@@ -51,6 +51,38 @@ class Torn(MemoryStore):
         super().put(key, data, if_none_match=if_none_match, if_match=if_match)
 
 
+class TornTransfers(MemoryStore):
+    """A store whose first downloads arrive with a flipped bit."""
+
+    def __init__(self, torn: int) -> None:
+        super().__init__()
+        self.torn, self.downloads = torn, 0
+
+    def download(self, key: str, path: Path) -> None:
+        self.downloads += 1
+        data = bytearray(self.get(key))
+        data[0] ^= self.downloads <= self.torn
+        path.write_bytes(data)
+
+
+def test_a_torn_transfer_is_begun_anew(folder: Path, tmp_path: Path) -> None:
+    store = TornTransfers(torn=2)
+    put_folder(store, "p", folder, make_manifest(folder, "model"))
+    get_folder(store, "p", tmp_path / "back")
+    assert _contents(tmp_path / "back").keys() == {*FILES, MANIFEST}
+    assert store.downloads == len(FILES) + 2
+
+
+def test_a_file_that_always_arrives_with_other_bytes_is_an_error_after_three_transfers(
+    folder: Path, tmp_path: Path
+) -> None:
+    store = TornTransfers(torn=9)
+    put_folder(store, "p", folder, make_manifest(folder, "model"))
+    with pytest.raises(IntegrityError, match="differs from its manifest"):
+        get_folder(store, "p", tmp_path / "back")
+    assert store.downloads == 3
+
+
 @pytest.mark.parametrize("writes", range(len(FILES) + 1))
 def test_a_torn_upload_is_invisible(folder: Path, tmp_path: Path, writes: int) -> None:
     store = Torn(writes)

@@ -21,12 +21,14 @@ from kintsugi.storage import (
     MemoryStore,
     ObjectInfo,
     ObjectStore,
+    Patience,
     S3Store,
     open_store,
     store_uri_from_environment,
     write_atomically,
 )
 
+AT_ONCE = Patience(seconds=0)
 ESCAPES = ["", "/", "/etc/passwd", "..", "../out", "a/../../out", "a//b", "a/./b", "a/", "a\0b"]
 
 
@@ -228,7 +230,7 @@ def test_the_environment_names_the_store(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def _s3() -> tuple[S3Store, Stubber]:
-    store = S3Store("s3://bucket/root")
+    store = S3Store("s3://bucket/root", AT_ONCE)
     store.__dict__["_client"] = client = boto3.client(
         "s3", region_name="us-east-1", aws_access_key_id="key", aws_secret_access_key="secret"
     )
@@ -341,7 +343,7 @@ def test_no_exception_of_boto_gets_past_the_store(kind: type[Exception], monkeyp
         def get_object(self, **_: Any) -> None:
             raise _made(kind)
 
-    store = S3Store("s3://bucket")
+    store = S3Store("s3://bucket", AT_ONCE)
     store.__dict__["_client"] = Client()
     with pytest.raises(StoreError):
         store.get("k")
@@ -364,7 +366,7 @@ def test_only_faults_that_may_pass_say_try_again(error: Exception, expected: typ
         def download_file(self, *_: Any) -> None:
             raise error
 
-    store = S3Store("s3://bucket")
+    store = S3Store("s3://bucket", AT_ONCE)
     store.__dict__["_client"] = Client()
     with pytest.raises(StoreError) as caught:
         store.download("k", Path("unused"))

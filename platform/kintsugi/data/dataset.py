@@ -1,36 +1,34 @@
 """Datasets in the object store: Parquet shards of encoded images under `datasets/<name>/<digest>`.
 
 The digest is the content: the same images always build the same dataset. A reader works on a local,
-memory-mapped copy in which every image is checked against the SHA-256 of its row.
+memory-mapped copy (`cache.py`, `reader.py`) in which every image is checked against the SHA-256 of its row.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
 from kintsugi.config import Split
+from kintsugi.data.cache import SplitSource
 from kintsugi.data.degradation import PRESETS, generator_for
 from kintsugi.data.layouts import SPLITS, BadPair, check, read_unchecked
-from kintsugi.data.sample import RawSample, Sample, decode_sample
-from kintsugi.data.shards import IMAGES, LATER, TEXT, ShardWriters, as_row, fetch_shards
-from kintsugi.errors import DataError, IntegrityError
+from kintsugi.data.reader import SplitReader
+from kintsugi.data.sample import RawSample, Sample
+from kintsugi.data.shards import ShardWriters, as_row
+from kintsugi.errors import DataError
 from kintsugi.manifest import MANIFEST, Manifest, make_manifest, put_folder, read_manifest
 from kintsugi.pictures import overlay, picture_grid
-from kintsugi.storage import ObjectStore, cache_folder, checked_key, sha256
+from kintsugi.storage import ObjectStore, cache_folder, sha256
 
 ROOT = "datasets"
 REPORT = "report.json"
@@ -145,77 +143,28 @@ def inspect_dataset(store: ObjectStore, ref: str) -> DatasetSummary:
     )
 
 
-def open_split(store: ObjectStore, ref: str, split: Split, cache: Path | None = None) -> "SplitReader":
+def open_split(
+    store: ObjectStore, ref: str, split: Split, cache: Path | None = None, *, max_bad: float = 0.01
+) -> SplitReader:
     """Fetch one split into the local cache, unless it is there, and map it into memory.
 
-    `cache` defaults to `storage.cache_folder()`. Processes may do this at the same time.
+    `cache` defaults to `storage.cache_folder()`. Processes may do this at the same time. Splits that nobody reads
+    make room for it, see `kintsugi.data.cache`.
+
+    Args:
+        max_bad: share of rows that may be bad in the store; they are left out and named in `skipped`.
 
     Raises:
         DataError: no such dataset, or it has no images in that split.
+        BadRows: more than `max_bad` of them are bad.
+        CacheFull: there is no room for it.
         IntegrityError: a shard differs from its manifest.
     """
     prefix, manifest = resolve_dataset(store, ref)
-    shards = sorted(name for name in manifest.files if name.startswith(f"{split}-"))
-    if not shards:
+    source = SplitSource(store, prefix, manifest, split, (cache or cache_folder()) / ROOT, max_bad)
+    if not source.shards:
         raise DataError(f"dataset '{ref}' has no {split} images: build it with more parts or other fractions")
-    digest = prefix.rpartition("/")[2]
-    folder = (cache or cache_folder()) / ROOT / checked_key(digest)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{split}.arrow"
-    with _locked(folder / f".{split}.lock"):
-        if not path.exists():
-            fetch_shards(store, prefix, manifest, shards, path)
-    return SplitReader(path, digest)
-
-
-class SplitReader:
-    """Random access to the samples of one split; pickles as its path."""
-
-    def __init__(self, path: Path, digest: str) -> None:
-        self.path = path
-        self.digest = digest
-
-    def __len__(self) -> int:
-        return len(self.sample_ids)
-
-    def __reduce__(self) -> tuple[type["SplitReader"], tuple[Path, str]]:
-        return type(self), (self.path, self.digest)
-
-    @cached_property
-    def sample_ids(self) -> list[str]:
-        return self._table.column("sample_id").to_pylist()
-
-    def raw(self, index: int) -> RawSample:
-        """The encoded sample, checked against the hashes of its row.
-
-        Raises:
-            IntegrityError: the local copy was damaged.
-        """
-        row = self._row(index)
-        for name in IMAGES:
-            if row[name] is not None and sha256(row[name]) != row[f"{name}_sha256"]:
-                raise IntegrityError(
-                    f"{row['sample_id']} in {self.path} is damaged: delete that file to fetch it again"
-                )
-        fields: dict[str, Any] = {key: row[key] for key in (*TEXT, *IMAGES, "white_level")}
-        fields.update((name, row.get(name)) for name in LATER)
-        return RawSample(**fields)
-
-    def sample(self, index: int) -> Sample:
-        """The decoded sample."""
-        return decode_sample(self.raw(index))
-
-    def _row(self, index: int) -> dict[str, Any]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        return self._table.slice(index, 1).to_pylist()[0]
-
-    @cached_property
-    def _table(self) -> pa.Table:
-        try:
-            return pa.ipc.open_file(pa.memory_map(str(self.path))).read_all()
-        except pa.ArrowInvalid as error:
-            raise IntegrityError(f"{self.path} is damaged: delete it to fetch it again") from error
+    return SplitReader(source)
 
 
 def contact_sheet(store: ObjectStore, ref: str, path: Path, count: int = 24, cache: Path | None = None) -> Path:
@@ -366,10 +315,3 @@ def _ref(name: str, digest: str) -> str:
 
 def _published(store: ObjectStore, prefix: str) -> list[str]:
     return [info.key.removesuffix(f"/{MANIFEST}") for info in store.list(prefix) if info.key.endswith(f"/{MANIFEST}")]
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Generator[None]:
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield

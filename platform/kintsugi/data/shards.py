@@ -1,8 +1,10 @@
 """The files of a dataset: Parquet in the store, Arrow IPC in the local cache, one row for each sample."""
 
+import os
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -10,7 +12,9 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kintsugi.data.sample import RawSample, Sample
+from kintsugi.data.layouts import BadPair
+from kintsugi.data.sample import RawSample, Sample, decode_sample
+from kintsugi.errors import DataError
 from kintsugi.manifest import Manifest, get_verified
 from kintsugi.storage import ObjectStore, sha256
 
@@ -96,22 +100,62 @@ class _ShardWriter:
         self._pending, self._pending_bytes = [], 0
 
 
-def fetch_shards(store: ObjectStore, prefix: str, manifest: Manifest, shards: Sequence[str], path: Path) -> None:
-    """Shard by shard into one Arrow file, which appears only when it is whole."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".kintsugi-") as scratch:
-        part, shard = Path(scratch) / "part.arrow", Path(scratch) / "shard.parquet"
-        with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-            for name in shards:
-                get_verified(store, f"{prefix}/{name}", manifest.files[name], shard)
-                _copy_shard(shard, writer)
-        part.replace(path)
+def fetch_shards(
+    store: ObjectStore, prefix: str, manifest: Manifest, shards: Sequence[str], path: Path
+) -> list[BadPair]:
+    """Shard by shard into one Arrow file; the rows that are bad are left out and returned.
+
+    Every image is decoded for that. It takes what an epoch of training spends on decoding, once for each machine
+    and split: 54 ms for an image of 1024 x 1024 px on one busy core, 34 ms on two; hashing takes 3.
+    """
+    bad: list[BadPair] = []
+    with (
+        tempfile.TemporaryDirectory(dir=path.parent, prefix=".kintsugi-") as scratch,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        pa.OSFile(str(path), "wb") as sink,
+        pa.ipc.new_file(sink, SCHEMA) as writer,
+    ):
+        shard = Path(scratch) / "shard.parquet"
+        for name in shards:
+            get_verified(store, f"{prefix}/{name}", manifest.files[name], shard)
+            for table in _tables(shard):
+                faults = list(pool.map(fault_of, table.to_pylist()))
+                ids = table.column("sample_id").to_pylist()
+                bad += [BadPair(name, fault) for name, fault in zip(ids, faults, strict=True) if fault is not None]
+                writer.write_table(table.filter(pa.array([fault is None for fault in faults], pa.bool_())))
+    return bad
 
 
-def _copy_shard(shard: Path, writer: pa.RecordBatchFileWriter) -> None:
+def fault_of(row: Mapping[str, Any]) -> str | None:
+    """Why a row cannot be used: an image differs from its hash or cannot be decoded; None where nothing is wrong."""
+    if (fault := hash_fault(row)) is not None:
+        return fault
+    try:
+        decode_sample(raw_of(row))
+    except DataError as error:
+        return str(error)
+    return None
+
+
+def hash_fault(row: Mapping[str, Any]) -> str | None:
+    for name in IMAGES:
+        if row[name] is not None and sha256(row[name]) != row[f"{name}_sha256"]:
+            return f"its {name} image differs from the hash beside it"
+    return None
+
+
+def raw_of(row: Mapping[str, Any]) -> RawSample:
+    fields: dict[str, Any] = {key: row[key] for key in (*TEXT, *IMAGES, "white_level")}
+    fields.update((name, row.get(name)) for name in LATER)
+    return RawSample(**fields)
+
+
+def _tables(shard: Path) -> Iterator[pa.Table]:
+    """The row groups of a shard, with all columns of today."""
     with pq.ParquetFile(shard) as parquet:
         for group in range(parquet.num_row_groups):
             table = parquet.read_row_group(group)
             for name in LATER:
                 if name not in table.column_names:
                     table = table.append_column(name, pa.nulls(len(table), pa.string()))
-            writer.write_table(table.select(SCHEMA.names).cast(SCHEMA))
+            yield table.select(SCHEMA.names).cast(SCHEMA)

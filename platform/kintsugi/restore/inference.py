@@ -1,6 +1,6 @@
 """Run a model over a batch of any size in bands of tiles; the answer does not depend on the tiles."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 
@@ -15,6 +15,7 @@ from kintsugi.restore.tiling import POSES, Ensemble, Pose, context, cores, insid
 Rows = tuple[Tensor, Tensor | None]
 """(N, C, rows, W) in [0, 1] and, where it is known, the defect mask (N, 1, rows, W)."""
 Read = Callable[[slice], Rows]
+_Posed = tuple[Pose, Statistics]
 
 
 def reach(config: ModelConfig) -> int:
@@ -44,23 +45,27 @@ class TiledModel:
             read: gives any rows of the batch.
             size: (height, width) of the batch.
         """
-        poses = POSES[self.ensemble]
-        pooled = [self._pooled(read, size, pose) for pose in poses]
+        poses = [(pose, self._pooled(read, size, pose)) for pose in POSES[self.ensemble]]
+        for rows in cores(size[0], self.tile, self._grid[0]):
+            yield rows, self._band(read, size, rows, poses)
+
+    def _band(self, read: Read, size: tuple[int, int], rows: slice, poses: Sequence[_Posed]) -> Prediction:
         (height, width), (stride, halo) = size, self._grid
-        for rows in cores(height, self.tile, stride):
-            slab = _union(context(rows, height, halo, stride, pose.rows) for pose in poses)
-            given = read(slab)
-            parts: list[Prediction] = []
-            for columns in cores(width, self.tile, stride):
-                answers: list[Prediction] = []
-                for pose, statistics in zip(poses, pooled, strict=True):
-                    tall = context(rows, height, halo, stride, pose.rows)
-                    wide = context(columns, width, halo, stride, pose.columns)
-                    with fixed(statistics):
-                        answer = self._predict(given, (inside(tall, slab), wide), pose)
-                    answers.append(_crop(answer, inside(rows, tall), inside(columns, wide)))
-                parts.append(_each(lambda values: sum(values[1:], values[0]) / len(values), answers))
-            yield rows, _each(lambda values: torch.cat(values, -1), parts)
+        slab = _union(context(rows, height, halo, stride, pose.rows) for pose, _ in poses)
+        given, band = read(slab), None
+        for columns in cores(width, self.tile, stride):
+            answers: list[Prediction] = []
+            for pose, statistics in poses:
+                tall = context(rows, height, halo, stride, pose.rows)
+                wide = context(columns, width, halo, stride, pose.columns)
+                with fixed(statistics):
+                    answer = self._predict(given, (inside(tall, slab), wide), pose)
+                answers.append(_crop(answer, inside(rows, tall), inside(columns, wide)))
+            mean = _each(lambda values: sum(values[1:], values[0]) / len(values), answers)
+            band = band or _each(lambda parts: parts[0].new_empty((*parts[0].shape[:-1], width)), [mean])
+            _put(band, columns, mean)
+        assert band is not None
+        return band
 
     @cached_property
     def _grid(self) -> tuple[int, int]:
@@ -102,6 +107,12 @@ class TiledModel:
 
 def _crop(answer: Prediction, rows: slice, columns: slice) -> Prediction:
     return _each(lambda parts: parts[0][..., rows, columns], [answer])
+
+
+def _put(band: Prediction, columns: slice, answer: Prediction) -> None:
+    for whole, part in zip(band, answer, strict=True):
+        if whole is not None and part is not None:
+            whole[..., columns] = part
 
 
 def _each(join: Callable[[list[Tensor]], Tensor], answers: list[Prediction]) -> Prediction:

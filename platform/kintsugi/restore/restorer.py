@@ -7,6 +7,7 @@ held as floats, and `restore_strips` never holds more than a band at all.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
+from itertools import starmap
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
@@ -204,17 +205,16 @@ class Restorer:
                 if maps is not None:
                     maps(band)
                 yield band.image
+                done = band.rows.stop
+                del band  # The next one is made before the loop would let go of it.
                 if progress is not None:
-                    progress(band.rows.stop, source.size[0])
+                    progress(done, source.size[0])
 
         write(restored())
         return untouched(reason) if reason else audit.report()
 
     def _strips(self, source: RowSource, mask: MaskSource | None) -> Iterator[Band]:
-        for parts in self._bands([source], [mask]):
-            if isinstance(parts[0], KintsugiError):
-                raise parts[0]
-            yield parts[0]
+        return map(_only, self._bands([source], [mask]))
 
     def _copied(self, source: RowSource) -> Iterator[Band]:
         for rows in cores(source.size[0], self.settings.tile, 1):
@@ -263,9 +263,9 @@ class Restorer:
             return None
         reasons: list[str] = []
         for rows in windows(source.size[0], 1024, 1):
-            unit = source.rows(rows.start, rows.stop).to_unit()
+            band = source.rows(rows.start, rows.stop)
             for columns in windows(source.size[1], 1024, 1):
-                reason = abstain_reason(unit[:, columns], profile)
+                reason = abstain_reason(replace(band, pixels=band.pixels[:, columns]).to_unit(), profile)
                 if reason is None:
                     return None
                 reasons.append(reason)
@@ -281,12 +281,15 @@ class Restorer:
         def read(rows: slice) -> Rows:
             planes = [self._to_planes(source.rows(rows.start, rows.stop)) for source in sources]
             known = [_to_plane(mask, rows).expand(len(planes[0]), -1, -1, -1) for mask in masks if mask is not None]
-            return torch.cat(planes), torch.cat(known) if known else None
+            return _batch(planes), _batch(known) if known else None
 
-        for rows, answer in tiled.bands(read, sources[0].size):
+        def answered(rows: slice, answer: Prediction) -> list[Band | KintsugiError]:
             shares = [[None] * len(sources) if part is None else part.chunk(len(sources)) for part in answer]
             found = [Prediction(*parts) for parts in zip(*shares, strict=True)]
-            yield [self._band(source, rows, part) for source, part in zip(sources, found, strict=True)]
+            return [self._band(source, rows, part) for source, part in zip(sources, found, strict=True)]
+
+        # Not a generator, whose frame would hold one answer until the next is made.
+        return starmap(answered, tiled.bands(read, sources[0].size))
 
     def _to_planes(self, image: Image) -> Tensor:
         """(n, C, rows, W) for a model of C channels: a colour image passes a grey model plane by plane."""
@@ -297,7 +300,7 @@ class Restorer:
 
     def _band(self, source: RowSource, rows: slice, answer: Prediction) -> Band | KintsugiError:
         band = source.rows(rows.start, rows.stop)
-        if not all(part is None or bool(part.isfinite().all()) for part in answer):
+        if not all(part is None or _is_finite(part) for part in answer):
             return KintsugiError(
                 "the model gave values that are not finite: no image is answered; check the model's weights"
             )
@@ -377,6 +380,22 @@ def _stacked(parts: Sequence[Array | None]) -> Array | None:
     return None if not known else known[0] if len(known) == 1 else cast(Array, np.concatenate(known))
 
 
+def _only(parts: list[Band | KintsugiError]) -> Band:
+    """The band of a batch of one image."""
+    if isinstance(parts[0], KintsugiError):
+        raise parts[0]
+    return parts[0]
+
+
+def _batch(planes: Sequence[Tensor]) -> Tensor:
+    return planes[0] if len(planes) == 1 else torch.cat(list(planes))
+
+
+def _is_finite(part: Tensor) -> bool:
+    """By its extremes, which are NaN where any value is: `isfinite` would copy all of it."""
+    return bool(torch.stack(part.aminmax()).isfinite().all())
+
+
 def _to_plane(mask: MaskSource, rows: slice) -> Tensor:
     return torch.from_numpy(mask.mask_rows(rows.start, rows.stop).astype(np.float32))[None, None]
 
@@ -385,10 +404,13 @@ def _from_planes(planes: Tensor, like: Image) -> Map:
     """Back to (rows, W) or (rows, W, C); a grey image from a colour model is the planes' mean."""
     flat = planes.flatten(0, 1)
     if like.pixels.ndim == 2:
-        return flat.mean(0).numpy()
+        return (flat[0] if len(flat) == 1 else flat.mean(0)).numpy()
     return np.ascontiguousarray(flat.permute(1, 2, 0).numpy())
 
 
 def _over_planes(part: Tensor | None) -> Map | None:
     """(rows, W): the largest value of the planes."""
-    return None if part is None else part.flatten(0, 1).amax(0).numpy()
+    if part is None:
+        return None
+    flat = part.flatten(0, 1)
+    return (flat[0] if len(flat) == 1 else flat.amax(0)).numpy()

@@ -165,7 +165,7 @@ class TiffStrips:
                 self._tiff.filehandle.seek(at)
                 data = self._tiff.filehandle.read((last - first) * line)
                 plane[first - start : last - start] = np.frombuffer(data, stored).reshape(last - first, -1, samples)
-        return _as_pixels(np.concatenate(planes, axis=2), page.dtype)
+        return _as_pixels(planes[0] if len(planes) == 1 else np.concatenate(planes, axis=2), page.dtype)
 
     def _packed_rows(self, start: int, stop: int) -> NDArray[Any]:
         page = self._page
@@ -235,23 +235,21 @@ def _packer(compression: str | None) -> Any:
 
 def _cut(bands: Iterable[Image], rows: int, height: int, like: Image) -> Iterator[NDArray[Any]]:
     """Strips of `rows` rows, of bands of any height."""
-    waiting: list[NDArray[Any]] = []
+    waiting: NDArray[Any] = like.pixels[:0]
     seen = 0
     for band in bands:
         if band.pixels.shape[1:] != like.pixels.shape[1:] or band.pixels.dtype != like.pixels.dtype:
             raise ImageError("mismatch", f"a band of {band.pixels.shape} does not fit rows of {like.pixels.shape}")
         seen += len(band.pixels)
-        waiting.append(band.pixels)
-        if sum(map(len, waiting)) >= rows:
-            joined = np.concatenate(waiting)
-            whole = len(joined) // rows * rows
-            yield from (np.ascontiguousarray(joined[top : top + rows]) for top in range(0, whole, rows))
-            waiting = [joined[whole:]]
+        waiting = np.concatenate([waiting, band.pixels])
+        del band  # The next one is made while this frame waits for it.
+        whole = len(waiting) // rows * rows
+        yield from (np.ascontiguousarray(waiting[top : top + rows]) for top in range(0, whole, rows))
+        waiting = waiting[whole:].copy()
     if seen != height:
         raise ImageError("mismatch", f"{seen} rows came for an image of {height}")
-    rest = np.concatenate(waiting)
-    if len(rest):
-        yield np.ascontiguousarray(rest)
+    if len(waiting):
+        yield np.ascontiguousarray(waiting)
 
 
 def _segment_shape(page: Any) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Curves in TensorBoard's format, kept in the object store beside the run they belong to."""
 
+import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,10 @@ from typing import Self
 from torch.utils.tensorboard.summary import hparams
 from torch.utils.tensorboard.writer import SummaryWriter
 
+from kintsugi.errors import StoreUnavailable
 from kintsugi.storage import ObjectStore
+
+_log = logging.getLogger(__name__)
 
 SHOWN_METRICS = ("score", "val/psnr", "val/defect_psnr")
 
@@ -31,8 +35,11 @@ class Curves:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, epoch)
         self._writer.flush()
-        for path in Path(self._folder.name).iterdir():
-            self._store.put(f"{self._prefix}/{path.name}", path)
+        try:
+            for path in Path(self._folder.name).iterdir():
+                self._store.put(f"{self._prefix}/{path.name}", path)
+        except StoreUnavailable as error:
+            _log.warning("%s: the curves follow with the next epoch", error)
 
     def __enter__(self) -> Self:
         return self

@@ -24,8 +24,9 @@ from kintsugi.errors import KintsugiError, TrainingError
 from kintsugi.losses import build_loss
 from kintsugi.manifest import MANIFEST, Manifest, get_folder, put_folder
 from kintsugi.models import PerceptualDistance
-from kintsugi.storage import ObjectStore, open_store
+from kintsugi.storage import LONG, ObjectStore, open_store
 from kintsugi.training.curves import Curves
+from kintsugi.training.filesystem import run_storage
 from kintsugi.training.loop import Worker, fit
 from kintsugi.training.state import TrainState, build_state
 
@@ -73,7 +74,7 @@ def launch_training(
         scaling_config=_scaling(config),
         run_config=RunConfig(
             name=name,
-            storage_path=f"{store_uri}/{parent}",
+            **run_storage(f"{store_uri}/{parent}"),
             failure_config=FailureConfig(max_failures=config.train.max_failures),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=2, checkpoint_score_attribute="score", checkpoint_score_order="max"
@@ -100,7 +101,7 @@ def _worker_loop(payload: dict[str, Any]) -> None:
     # At INFO botocore tells where it found credentials and Ray Train every metric once more: not for the driver.
     logging.getLogger().setLevel(logging.WARNING)
     config = parse_config(payload["config"])
-    store = open_store(payload["store"])
+    store = open_store(payload["store"], LONG)
     torch.set_num_threads(config.train.threads)
     train = open_split(store, config.data.dataset, "train")
     val = open_split(store, config.data.dataset, "val")

@@ -59,10 +59,8 @@ def compare(degraded: Unit, restored: Unit) -> Comparison:
     reaches = sorted({min(reach, most) for reach in _REACHES})
     moments = _Moments.of(degraded, restored, reaches[-1])
     input_noise = max(white_noise(degraded), _coarse_noise(degraded))
-    tried = []
-    for reach in reaches:
-        matched = _match(degraded, restored, moments, reach)
-        tried.append((_suspicion(degraded - matched, input_noise), matched))
+    matches = (_match(degraded, restored, moments, reach) for reach in reaches)
+    tried = ((_suspicion(degraded - matched, input_noise), matched) for matched in matches)
     suspicion, matched = min(tried, key=lambda pair: float(pair[0].max()))
     before, after = _band(degraded, _BAND), _band(matched, _BAND)
     retention, local = _retention(before, after, input_noise)

@@ -104,44 +104,69 @@ class Audit:
         self._limits = limits
         self._start = 0
         self._waiting: list[_Part] = []
-        self._judged: list[tuple[slice, Trust]] = []
+        self._judged: list[tuple[slice, Report]] = []
 
     def add(self, source: Image, restored: Image, error_bound: NDArray[np.float32] | None) -> None:
         """Take the next rows of the input and of the output, and the (rows, W) bound of its error."""
         self._waiting.append((source, restored, error_bound))
-        while self._edges and sum(band.size[0] for band, _, _ in self._waiting) >= self._edges[0] - self._start:
+        while self._edges and sum(map(_height, self._waiting)) >= self._edges[0] - self._start:
             self._judge(self._edges.pop(0))
 
     def report(self) -> Report:
         """The report, once all rows were added."""
         assert not self._edges, "rows are missing"
-        trusts = [trust for _, trust in self._judged]
+        blocks = [block for _, block in self._judged]
         shares = [(rows.stop - rows.start) / self._start for rows, _ in self._judged]
         return Report(
-            retention=min(trust.retention for trust in trusts),
-            local_retention=min(trust.local_retention for trust in trusts),
-            added=sum(share * trust.added for share, trust in zip(shares, trusts, strict=True)),
-            removed=sum(share * trust.removed for share, trust in zip(shares, trusts, strict=True)),
-            alarm_score=max(trust.alarm_score for trust in trusts),
-            expected_error=max(trust.expected_error for trust in trusts),
-            alarm=any(trust.alarm for trust in trusts),
+            retention=min(block.retention for block in blocks),
+            local_retention=min(block.local_retention for block in blocks),
+            added=sum(share * block.added for share, block in zip(shares, blocks, strict=True)),
+            removed=sum(share * block.removed for share, block in zip(shares, blocks, strict=True)),
+            alarm_score=max(block.alarm_score for block in blocks),
+            expected_error=max(block.expected_error for block in blocks),
+            alarm=any(block.alarm for block in blocks),
             reasons=tuple(self._reasons()),
         )
 
     def _judge(self, stop: int) -> None:
-        count, parts = stop - self._start, self._waiting
-        whole = parts[0] if len(parts) == 1 else _stacked(parts)
-        head, tail = _split(whole, count)
-        self._waiting = [tail] if tail[0].size[0] else []
-        before, after = head[0].to_unit(), head[1].to_unit()
-        trust = judge(before, after, error_bound=head[2], limits=self._limits)
-        self._judged.append((slice(self._start, stop), trust))
+        source, restored, bound = self._take(stop - self._start)
+        trust = judge(source.to_unit(), restored.to_unit(), error_bound=bound, limits=self._limits)
+        self._judged.append((slice(self._start, stop), _without_map(trust)))
         self._start = stop
+
+    def _take(self, rows: int) -> _Part:
+        """The first rows of those that wait; only where they lie in several bands are they copied."""
+        parts: list[_Part] = []
+        while rows:
+            head, tail = _split(self._waiting.pop(0), rows)
+            parts.append(head)
+            rows -= _height(head)
+            if _height(tail):
+                self._waiting.insert(0, tail)
+        return parts[0] if len(parts) == 1 else _stacked(parts)
 
     def _reasons(self) -> list[str]:
         if len(self._judged) == 1:
             return list(self._judged[0][1].reasons)
-        return [f"rows {rows.start} to {rows.stop}: {why}" for rows, trust in self._judged for why in trust.reasons]
+        return [f"rows {rows.start} to {rows.stop}: {why}" for rows, block in self._judged for why in block.reasons]
+
+
+def _without_map(trust: Trust) -> Report:
+    """What is kept of a block: 4 bytes a pixel of its map would grow with the image."""
+    return Report(
+        trust.retention,
+        trust.local_retention,
+        trust.added,
+        trust.removed,
+        trust.alarm_score,
+        trust.expected_error,
+        trust.alarm,
+        trust.reasons,
+    )
+
+
+def _height(part: _Part) -> int:
+    return part[0].size[0]
 
 
 def _stacked(parts: list[_Part]) -> _Part:

@@ -2,7 +2,6 @@ import json
 import re
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -243,29 +242,6 @@ def test_a_contact_sheet_shows_the_dataset(store: MemoryStore, pairs: Pairs, tmp
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_damaged_row_of_the_local_copy_is_noticed(store: MemoryStore, pairs: Pairs, cache: Path) -> None:
-    build_dataset("pairs", pairs(2), "steel", store, fractions=(1, 0, 0))
-    reader = open_split(store, "steel", "train", cache)
-    clean = reader.raw(1).clean
-    data = reader.path.read_bytes()
-    place = data.index(clean) + len(clean) // 2
-    damaged = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
-    reader.path.unlink()
-    reader.path.write_bytes(damaged)
-    again = open_split(store, "steel", "train", cache)
-    assert again.raw(0).sample_id == "p00-0"
-    with pytest.raises(IntegrityError, match=r"p00-1 in .*delete that file"):
-        again.sample(1)
-
-
-def test_a_cut_off_local_copy_is_noticed(store: MemoryStore, pairs: Pairs, cache: Path) -> None:
-    build_dataset("pairs", pairs(2), "steel", store, fractions=(1, 0, 0))
-    path = open_split(store, "steel", "train", cache).path
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(IntegrityError, match="delete it to fetch it again"):
-        len(open_split(store, "steel", "train", cache))
-
-
 def test_a_damaged_shard_never_reaches_the_cache(store: MemoryStore, pairs: Pairs, cache: Path) -> None:
     build_dataset("pairs", pairs(2), "steel", store, fractions=(1, 0, 0))
     prefix, _ = resolve_dataset(store, "steel")
@@ -274,29 +250,6 @@ def test_a_damaged_shard_never_reaches_the_cache(store: MemoryStore, pairs: Pair
     with pytest.raises(IntegrityError, match="differs from its manifest"):
         open_split(store, "steel", "train", cache)
     assert not list(cache.rglob("*.arrow"))
-
-
-class CountingStore(MemoryStore):
-    downloads = 0
-
-    def download(self, key: str, path: Path) -> None:
-        type(self).downloads += 1
-        super().download(key, path)
-
-
-def test_readers_that_open_at_once_fetch_once(pairs: Pairs, cache: Path) -> None:
-    store = CountingStore()
-    build_dataset("pairs", pairs(4), "steel", store, fractions=(1, 0, 0))
-    lengths: list[int] = []
-    threads = [
-        threading.Thread(target=lambda: lengths.append(len(open_split(store, "steel", "train", cache))))
-        for _ in range(6)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert lengths == [8] * 6 and CountingStore.downloads == 1
 
 
 def test_the_cache_is_where_the_environment_says_at_the_time_of_the_call(

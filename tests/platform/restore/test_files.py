@@ -1,3 +1,4 @@
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,24 @@ def test_a_large_tiff_gives_in_strips_what_it_gives_whole(
         assert whole.tags == strips.tags and whole.size == (140, 90)
     assert [image.bit_depth for image in answers[0]] == [16, 8, 16] and answers[0][2].pixels.max() > 0
     assert not np.array_equal(answers[0][0].pixels, imaging.decode(source.read_bytes()).pixels)
+
+
+@pytest.mark.usefixtures("streamed")
+def test_memory_does_not_grow_with_the_height(
+    restorer: Restorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kintsugi.trust.report.BLOCK_PIXELS", 128 * 128)
+    monkeypatch.setattr("kintsugi.restore.strips._STRIP_BYTES", 2**13)
+    restorer.settings = RestoreSettings(tile=128, halo=16)
+    peaks: list[int] = []
+    for height in (256, 256, 1536):  # The first takes what stays for good.
+        pixels = np.random.default_rng(0).integers(0, 4096, (height, 128)).astype(np.uint16)
+        tifffile.imwrite(tmp_path / "in.tiff", pixels, rowsperstrip=64)
+        tracemalloc.start()
+        restore_file(restorer, tmp_path / "in.tiff", tmp_path / "out.tiff")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] < 1.1 * peaks[1]
 
 
 @pytest.mark.parametrize("kind", ["png", "bmp"])

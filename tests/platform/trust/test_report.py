@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -48,6 +50,18 @@ def test_a_large_image_is_as_bad_as_its_worst_block(monkeypatch: pytest.MonkeyPa
     assert told.alarm_score == worst.alarm_score and told.local_retention == worst.local_retention
     assert told.alarm == bool(told.reasons)
     assert all(reason.startswith("rows 200 to 300: ") for reason in told.reasons)
+
+
+def test_of_rows_that_were_judged_only_figures_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kintsugi.trust.report.BLOCK_PIXELS", 120 * 100)
+    image = scene(1000)
+    audit = Audit(image.size, TrustLimits())
+    tracemalloc.start()
+    for top in range(0, 1000, 50):
+        audit.add(image.rows(top, top + 50), image.rows(top, top + 50), None)
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 120 * 1000 and not audit.report().alarm
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 50), (50, 1), (63, 4)])
