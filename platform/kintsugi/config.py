@@ -35,6 +35,9 @@ class DataConfig(Section):
 
     dataset: str = Field(default="demo", min_length=1, description="name, or name@digest")
     crop: int = Field(default=256, ge=16, description="side of a training crop, px")
+    small_images: Literal["refuse", "mirror"] = Field(
+        default="refuse", description="what to do with images smaller than a crop: stop, or mirror them at their border"
+    )
     defect_crops: float = Field(default=0.5, ge=0, le=1, description="share of crops on a defect")
     planted: float = Field(default=0.0, ge=0, le=1, description="share of crops that get small known defects")
     mask_dropout: float = Field(default=0.0, ge=0, le=1, description="share of crops with the mask withheld")

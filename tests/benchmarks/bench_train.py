@@ -106,7 +106,7 @@ class InMemory(SplitReader):
     """The same samples, encoded as they are, in a list."""
 
     def __init__(self, reader: SplitReader) -> None:
-        super().__init__(reader.path, reader.digest)
+        super().__init__(reader.source)
         self._rows = [reader.raw(index) for index in range(len(reader))]
 
     def __len__(self) -> int:

@@ -28,7 +28,7 @@ def main(_: str, store_uri: str, run: str, path: str) -> None:
     state = build_state(config, train.digest)
     perceptual = PerceptualDistance(config.loss.perceptual) if config.loss.weights.perceptual > 0 else None
     worker = Worker(dist.get_rank(), dist.get_world_size())
-    model = DistributedDataParallel(state.model)
+    model = DistributedDataParallel(state.model, gradient_as_bucket_view=True)
     fit(
         state, config, train, val, build_loss(config.loss, perceptual), lambda *_: None,
         model=model, worker=worker,

@@ -200,3 +200,14 @@ def test_every_command_in_the_readme_exists_with_its_options(
         assert run(*name.split(), "--help") == 0
         told = capsys.readouterr().out
         assert all(word in told for word in words if word.startswith("--")), line
+
+
+@pytest.mark.parametrize("key", ["data.crop=64", "train.curriculum=[{epochs: 1, values: {data.crop: 64}}]"])
+def test_a_crop_larger_than_the_smallest_image_stops_before_anything_starts(
+    key: str, store: LocalStore, tmp_path: Path, tiny_config: ExperimentConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(tiny_config.to_yaml())
+    assert run("train", str(path), "--set", key) == 1
+    told = capsys.readouterr().err
+    assert "data.crop is 64 px" in told and "set data.crop=48 or less, or data.small_images=mirror" in told

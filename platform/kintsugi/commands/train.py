@@ -65,12 +65,22 @@ def _initial(store: ObjectStore, model: str, config: ExperimentConfig) -> str:
 
 
 def pin_dataset(store: ObjectStore, config: ExperimentConfig) -> ExperimentConfig:
-    """The config with its dataset named by digest, so that a run never changes data halfway."""
-    from kintsugi.data.dataset import resolve_dataset
+    """The config with its dataset named by digest, so that a run never changes data halfway.
 
-    name = config.data.dataset.partition("@")[0]
-    _, manifest = resolve_dataset(store, config.data.dataset)
-    return with_values(config, {"data.dataset": f"{name}@{manifest.digest}"})
+    Raises:
+        ConfigError: a crop is larger than the dataset's smallest image, and nobody allowed that.
+    """
+    from kintsugi.data.dataset import inspect_dataset
+
+    summary = inspect_dataset(store, config.data.dataset)
+    phases = [config, *(config.at_epoch(epoch) for epoch in range(config.train.epochs))]
+    for data in (phase.data for phase in phases):
+        if summary.smallest_side is not None and data.crop > summary.smallest_side and data.small_images == "refuse":
+            raise ConfigError(
+                f"data.crop is {data.crop} px and the smallest image of {summary.ref} {summary.smallest_side} px: set "
+                f"data.crop={summary.smallest_side} or less, or data.small_images=mirror to mirror images at their border"
+            )
+    return with_values(config, {"data.dataset": f"{summary.name}@{summary.digest}"})
 
 
 def publish_best(store: ObjectStore, name: str, run: str) -> "tuple[ModelVersion, Scorecard]":

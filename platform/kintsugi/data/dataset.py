@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -59,7 +60,10 @@ class BuildReport(BaseModel):
 
 
 class DatasetSummary(BaseModel):
-    """What a published dataset holds; `bytes` is the size of its shards."""
+    """What a published dataset holds.
+
+    `bytes` is the size of its shards, `smallest_side` that of its smallest image, px; older datasets do not tell it.
+    """
 
     model_config = ConfigDict(frozen=True)
     name: str
@@ -71,6 +75,7 @@ class DatasetSummary(BaseModel):
     parts: int
     bad: int
     bytes: int
+    smallest_side: int | None = None
     counts: Counts
 
 
@@ -208,6 +213,7 @@ class _Intake:
     parts: dict[str, Split] = field(default_factory=dict)
     ids: set[str] = field(default_factory=set)
     images: dict[str, tuple[str, Split]] = field(default_factory=dict)
+    smallest_side: int | None = None
 
     @property
     def good(self) -> int:
@@ -248,6 +254,7 @@ class _Intake:
         self.ids.add(raw.sample_id)
         for counter, key in ((self.splits, split), (self.categories, raw.category), (self.defects, raw.defect_type)):
             counter[key] += 1
+        self.smallest_side = min(*sample.clean.size, self.smallest_side or sys.maxsize)
         return as_row(replace(raw, split=split), sample)
 
 
@@ -293,6 +300,7 @@ def _check_enough_good(intake: _Intake, folder: Path, report: str, max_bad: floa
 def _publish(store: ObjectStore, built: Path, name: str, layout: str, intake: _Intake) -> BuildReport:
     counts, samples, parts = intake.counts(), intake.good, len(intake.parts)
     meta = {"name": name, "layout": layout, "samples": samples, "parts": parts, "bad": len(intake.bad)}
+    meta["smallest_side"] = intake.smallest_side
     built_at = datetime.now(UTC).isoformat(timespec="microseconds")
     manifest = make_manifest(built, "dataset", {**meta, "counts": counts.model_dump(), "built": built_at})
     digest = manifest.digest

@@ -117,7 +117,7 @@ def _worker_loop(payload: dict[str, Any]) -> None:
         steps = config.train.steps_per_epoch or -(-len(train) // config.data.batch_size)
         images = steps * config.data.batch_size
         report = _Reporter(config, store, curves, about, images, worker.rank, payload["run"])
-        model = prepare_model(state.model)
+        model = prepare_model(state.model, parallel_strategy_kwargs={"gradient_as_bucket_view": True})
         save = report.save if payload["within_epochs"] else None
         fit(state, config, train, val, loss, report, save=save, model=model, worker=worker)
 

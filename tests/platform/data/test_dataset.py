@@ -234,6 +234,7 @@ def test_a_summary_counts_by_split_category_and_defect(store: MemoryStore, pairs
     assert summary.counts.splits == {"test": 4, "train": 4, "val": 4}
     assert summary.counts.defects == {"good": 6, "scratch": 6} and summary.counts.categories == {"steel": 12}
     assert (summary.ref, summary.samples, summary.parts, summary.layout) == (report.ref, 12, 6, "pairs")
+    assert summary.smallest_side == 24
 
 
 def test_a_contact_sheet_shows_the_dataset(store: MemoryStore, pairs: Pairs, tmp_path: Path, cache: Path) -> None:
