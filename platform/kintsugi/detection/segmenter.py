@@ -308,7 +308,8 @@ def _varied(image: Unit, generator: np.random.Generator) -> Unit:
     if kind == 1:
         return np.asarray(cv2.bilateralFilter(image, 7, generator.uniform(0.2, 1.2), 2.0), np.float32)
     if kind == 2:
-        return image + np.float32(generator.uniform(0, 0.2)) * generator.standard_normal(image.shape, np.float32)
+        noise = generator.standard_normal(image.shape, np.float32)
+        return (image + generator.uniform(0, 0.2) * noise).astype(np.float32)
     return image
 
 
