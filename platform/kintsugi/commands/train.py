@@ -78,7 +78,7 @@ def pin_dataset(store: ObjectStore, config: ExperimentConfig) -> ExperimentConfi
         if summary.smallest_side is not None and data.crop > summary.smallest_side and data.small_images == "refuse":
             raise ConfigError(
                 f"data.crop is {data.crop} px and the smallest image of {summary.ref} {summary.smallest_side} px: set "
-                f"data.crop={summary.smallest_side} or less, or data.small_images=mirror to fill them up at their border"
+                f"data.crop={summary.smallest_side} or less, or data.small_images=mirror to fill it up at its border"
             )
     return with_values(config, {"data.dataset": f"{summary.name}@{summary.digest}"})
 

@@ -299,8 +299,8 @@ def _check_enough_good(intake: _Intake, folder: Path, report: str, max_bad: floa
 
 def _publish(store: ObjectStore, built: Path, name: str, layout: str, intake: _Intake) -> BuildReport:
     counts, samples, parts = intake.counts(), intake.good, len(intake.parts)
-    meta = {"name": name, "layout": layout, "samples": samples, "parts": parts, "bad": len(intake.bad)}
-    meta["smallest_side"] = intake.smallest_side
+    found = {"samples": samples, "parts": parts, "bad": len(intake.bad), "smallest_side": intake.smallest_side}
+    meta = {"name": name, "layout": layout, **found}
     built_at = datetime.now(UTC).isoformat(timespec="microseconds")
     manifest = make_manifest(built, "dataset", {**meta, "counts": counts.model_dump(), "built": built_at})
     digest = manifest.digest
