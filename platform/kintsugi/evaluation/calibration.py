@@ -17,6 +17,10 @@ FALSE_ALARMS = 0.03
 LEAST_INPUTS = 64
 """With fewer images than this a profile would take ordinary inputs for unfamiliar ones."""
 
+PIXELS = 1 << 18
+"""Drawn from each image for the error scale: hundreds of large images would not fit into memory."""
+_NO_MAP = np.zeros((0, 0), np.float32)
+
 
 def calibrate_model(
     restorer: Restorer, val: SplitReader, train: SplitReader, config: ExperimentConfig, *, limit: int = 256
@@ -36,13 +40,14 @@ def calibrate_model(
         degraded, clean, mask = evaluation_pair(sample, config)
         restored = bare.restore(degraded, mask if config.model.mask == "given" else None)
         output = restored.image.to_unit()
-        trusts.append(judge(degraded.to_unit(), output))
+        trusts.append(replace(judge(degraded.to_unit(), output), suspicion=_NO_MAP))
         parts.append(sample.part_id)
         if restored.error_bound is not None:
             # The output has the input's exposure, or another one that nobody can know.
             error = np.abs(output - align(clean.to_unit(), output))
-            errors.append(error if error.ndim == 2 else error.max(2))
-            bounds.append(restored.error_bound)
+            chosen = np.random.default_rng(index).permutation(restored.error_bound.size)[:PIXELS]
+            errors.append((error if error.ndim == 2 else error.max(2)).ravel()[chosen])
+            bounds.append(restored.error_bound.ravel()[chosen])
     scale = conformal_scale(bounds, errors, parts, coverage=config.loss.error_quantile) if bounds else 1.0
     limits = calibrate(trusts, parts, target_false_alarm=FALSE_ALARMS)
     return Calibration(limits=limits, profile=_profile(train, config, limit), error_scale=scale)
