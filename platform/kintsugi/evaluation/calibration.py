@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kintsugi.config import ExperimentConfig
 from kintsugi.data.dataset import SplitReader
@@ -45,7 +46,7 @@ def calibrate_model(
         if restored.error_bound is not None:
             # The output has the input's exposure, or another one that nobody can know.
             error = np.abs(output - align(clean.to_unit(), output))
-            chosen = np.random.default_rng(index).permutation(restored.error_bound.size)[:PIXELS]
+            chosen = _drawn(restored.error_bound.size, index)
             errors.append((error if error.ndim == 2 else error.max(2)).ravel()[chosen])
             bounds.append(restored.error_bound.ravel()[chosen])
     scale = conformal_scale(bounds, errors, parts, coverage=config.loss.error_quantile) if bounds else 1.0
@@ -58,6 +59,10 @@ def _profile(train: SplitReader, config: ExperimentConfig, limit: int) -> InputP
     if len(pairs) < LEAST_INPUTS:
         return None
     return fit_profile([pair[0].to_unit() for pair in pairs], [pair[1].to_unit() for pair in pairs])
+
+
+def _drawn(pixels: int, seed: int) -> NDArray[np.int64]:
+    return np.random.default_rng(seed).choice(pixels, min(pixels, PIXELS), replace=False, shuffle=False)
 
 
 def _spread(count: int, limit: int) -> list[int]:
