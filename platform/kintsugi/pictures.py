@@ -72,6 +72,18 @@ def as_rgb(image: Pixels) -> NDArray[np.float32]:
     return np.repeat(unit[..., None], 3, axis=2) if unit.ndim == 2 else unit
 
 
+def mosaic(rows: Sequence[Sequence[Pixels]], gap: int = 4) -> NDArray[np.uint8]:
+    """(H, W, 3): images in rows and columns, pixel for pixel, on white."""
+    high = [max(image.shape[0] for image in row) for row in rows]
+    wide = [max(row[c].shape[1] for row in rows if c < len(row)) for c in range(max(len(row) for row in rows))]
+    sheet = np.full((sum(high) + gap * (len(high) - 1), sum(wide) + gap * (len(wide) - 1), 3), 255, np.uint8)
+    for r, row in enumerate(rows):
+        for c, image in enumerate(row):
+            top, left = sum(high[:r]) + gap * r, sum(wide[:c]) + gap * c
+            sheet[top : top + image.shape[0], left : left + image.shape[1]] = np.rint(255 * as_rgb(image))
+    return sheet
+
+
 def _grown(mask: NDArray[np.bool_], by: int) -> NDArray[np.bool_]:
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * by + 1, 2 * by + 1))
     return cv2.dilate(mask.astype(np.uint8), kernel).astype(np.bool_)

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kintsugi.pictures import as_rgb, overlay, picture_grid
+from kintsugi.pictures import as_rgb, mosaic, overlay, picture_grid
 
 
 def test_a_grid_is_a_picture_of_its_images(tmp_path: Path) -> None:
@@ -49,3 +49,13 @@ def test_no_mask_no_outline_and_the_image_given_is_not_drawn_upon() -> None:
 def test_integers_are_scaled_by_the_range_of_their_type() -> None:
     assert as_rgb(np.full((2, 2), 255, np.uint8)).max() == as_rgb(np.full((2, 2), 65535, np.uint16)).max() == 1
     assert as_rgb(np.eye(2, dtype=np.bool_)).shape == (2, 2, 3)
+
+
+def test_a_mosaic_shows_every_pixel_as_it_is_on_white() -> None:
+    grey = np.full((2, 3), 0.5, np.float32)
+    colour = np.zeros((4, 2, 3), np.uint16)
+    colour[..., 0] = 65535
+    sheet = mosaic([[grey, colour], [grey]], gap=1)
+    assert sheet.shape == (4 + 1 + 2, 3 + 1 + 2, 3)
+    assert (sheet[:2, :3] == 128).all() and (sheet[:4, 4:] == (255, 0, 0)).all() and (sheet[5:, :3] == 128).all()
+    assert (sheet[2:4, :3] == 255).all() and (sheet[:, 3] == 255).all() and (sheet[5:, 4:] == 255).all()

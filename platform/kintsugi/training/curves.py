@@ -2,15 +2,17 @@
 
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+from numpy.typing import NDArray
 from torch.utils.tensorboard.summary import hparams
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from kintsugi.errors import StoreUnavailable
+from kintsugi.pictures import mosaic
 from kintsugi.storage import ObjectStore
 
 _log = logging.getLogger(__name__)
@@ -19,7 +21,7 @@ SHOWN_METRICS = ("score", "val/psnr", "val/defect_psnr")
 
 
 class Curves:
-    """Write scalars epoch by epoch; each `log` brings the event file in the store up to date.
+    """Write scalars and pictures epoch by epoch; each `log` brings the event file in the store up to date.
 
     A resumed run adds a second event file; TensorBoard joins them.
     """
@@ -35,9 +37,21 @@ class Curves:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, epoch)
         self._writer.flush()
+        self._send(Path(self._folder.name), "")
+
+    def show(self, pictures: Sequence[Sequence[NDArray[Any]]], epoch: int) -> None:
+        """Rows of degraded, restored and clean, as one picture in a file of its own: each is sent only once."""
+        if not pictures:
+            return
+        with tempfile.TemporaryDirectory(prefix="kintsugi-pictures-") as folder:
+            with SummaryWriter(folder, filename_suffix=f".{epoch}") as writer:
+                writer.add_image("degraded, restored, clean", mosaic(pictures), epoch, dataformats="HWC")
+            self._send(Path(folder), "pictures/")
+
+    def _send(self, folder: Path, below: str) -> None:
         try:
-            for path in Path(self._folder.name).iterdir():
-                self._store.put(f"{self._prefix}/{path.name}", path)
+            for path in folder.iterdir():
+                self._store.put(f"{self._prefix}/{below}{path.name}", path)
         except StoreUnavailable as error:
             _log.warning("%s: the curves follow with the next epoch", error)
 

@@ -1,21 +1,27 @@
 """Ray Train around the loop: DDP workers, checkpoints and curves in the store, resumption by run name."""
 
+import contextlib
 import logging
 import platform
+import re
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from ray import train as ray_train
+from ray.exceptions import RayError
 from ray.train import Checkpoint as RayCheckpoint
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer, get_device, prepare_model
+from ray.util.metrics import Gauge
+from ray.util.queue import Queue
 
 from kintsugi.checkpoint import delete_torn, fetch_newest, load_checkpoint
 from kintsugi.config import ExperimentConfig, parse_config
@@ -28,6 +34,8 @@ from kintsugi.storage import LONG, ObjectStore, open_store
 from kintsugi.training.curves import Curves
 from kintsugi.training.filesystem import run_storage
 from kintsugi.training.loop import Worker, fit
+from kintsugi.training.progress import ProgressBar, progress_line
+from kintsugi.training.provenance import source_commit, versions
 from kintsugi.training.state import TrainState, build_state
 
 _log = logging.getLogger(__name__)
@@ -66,8 +74,10 @@ def launch_training(
         "settings": dict(settings or {}),
         "init": init,
         "within_epochs": not callbacks,
+        "commit": source_commit(),
     }
     parent, _, name = f"runs/{run}".rpartition("/")
+    live = None if callbacks or not sys.stderr.isatty() else _Live(config.train.epochs, name)
     trainer = TorchTrainer(
         _worker_loop,
         train_loop_config=payload,
@@ -79,12 +89,13 @@ def launch_training(
             checkpoint_config=CheckpointConfig(
                 num_to_keep=2, checkpoint_score_attribute="score", checkpoint_score_order="max"
             ),
-            callbacks=list(callbacks),
+            callbacks=[*callbacks, *([live.callback] if live else [])],
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
     try:
-        trainer.fit()
+        with live or contextlib.nullcontext():
+            trainer.fit()
     except Exception as error:  # Ray wraps whatever a worker raised in errors of its own
         raise _told(error, run) from error
 
@@ -106,6 +117,8 @@ def _worker_loop(payload: dict[str, Any]) -> None:
     train = open_split(store, config.data.dataset, "train")
     val = open_split(store, config.data.dataset, "val")
     context, device = ray_train.get_context(), get_device()
+    if context.get_world_rank() == 0:
+        _tell_skipped(train, val)
     worker = Worker(context.get_world_rank(), context.get_world_size(), device, _Notice())
     state = build_state(config, train.digest, device)
     before = _continue(state, store, payload["run"], worker)
@@ -113,13 +126,14 @@ def _worker_loop(payload: dict[str, Any]) -> None:
         _start_from(state, store, payload["init"])
     loss = build_loss(config.loss, _perceptual(config)).to(device)
     with Curves(store, f"runs/{payload['run']}/curves", payload["settings"]) as curves:
-        about = card(config, train, worker.world, state, before, payload["init"])
+        about = card(config, train, val, worker.world, state, before, payload["init"], payload["commit"])
         steps = config.train.steps_per_epoch or -(-len(train) // config.data.batch_size)
         images = steps * config.data.batch_size
         report = _Reporter(config, store, curves, about, images, worker.rank, payload["run"])
         model = prepare_model(state.model, parallel_strategy_kwargs={"gradient_as_bucket_view": True})
         save = report.save if payload["within_epochs"] else None
-        fit(state, config, train, val, loss, report, save=save, model=model, worker=worker)
+        show = curves.show if worker.rank == 0 else None
+        fit(state, config, train, val, loss, report, save=save, show=show, model=model, worker=worker)
 
 
 def _continue(state: TrainState, store: ObjectStore, run: str, worker: Worker) -> dict[str, Any] | None:
@@ -146,6 +160,13 @@ def _start_from(state: TrainState, store: ObjectStore, prefix: str) -> None:
     with tempfile.TemporaryDirectory(prefix="kintsugi-init-") as scratch:
         get_folder(store, prefix, Path(scratch))
         state.start_from(load_checkpoint(Path(scratch)))
+
+
+def _tell_skipped(*readers: SplitReader) -> None:
+    for reader in readers:
+        if reader.skipped:
+            named = "; ".join(f"{row.name}: {row.reason}" for row in reader.skipped)
+            sys.stderr.write(f"{len(reader.skipped)} bad {reader.source.split} images are skipped ({named})\n")
 
 
 class _Notice:
@@ -178,32 +199,36 @@ class _Reporter:
         """`images`: in an epoch, over all workers."""
         self._config, self._store, self._curves, self._about = config, store, curves, about
         self._images, self._rank, self._run = images, rank, run
-        self._label = run.rpartition("/")[2]
+        self._label, self._gauges = run.rpartition("/")[2], _Gauges(run)
         self._started = time.monotonic()
 
     def __call__(self, metrics: Mapping[str, float], state: TrainState) -> None:
         """At the end of an epoch."""
         seconds, self._started = time.monotonic() - self._started, time.monotonic()
+        speed = self._speed(seconds)
         if self._rank == 0:
-            self._curves.log({**metrics, **self._speed(seconds)}, state.epoch)
-        self._send(metrics, state)
+            self._curves.log({**metrics, **speed}, state.epoch)
+            self._gauges.set({**metrics, **speed})
+        self._send(metrics, state, speed)
         if self._rank == 0:
             # Not print(): Ray Train replaces it in its workers and shows every line twice.
-            sys.stderr.write(f"{self._label} {progress_line(metrics, self._config.train.epochs, seconds)}\n")
+            sys.stderr.write(
+                f"{self._label} {progress_line({**metrics, **speed}, self._config.train.epochs, seconds)}\n"
+            )
 
     def _speed(self, seconds: float) -> dict[str, float]:
         """Of the epoch with its validation; an epoch that was entered halfway looks faster than it was."""
-        found = {"train/images_per_second": self._images / seconds}
+        found = {"train/images_per_second": self._images / seconds, "train/seconds": seconds}
         if torch.cuda.is_available():
             found["train/gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         return found
 
     def save(self, state: TrainState) -> None:
         """Within an epoch."""
-        self._send({"epoch": state.epoch, "step": state.step}, state)
+        self._send({"epoch": state.epoch, "step": state.step}, state, {})
 
-    def _send(self, metrics: Mapping[str, float], state: TrainState) -> None:
-        told = {"score": _NO_SCORE, **metrics}
+    def _send(self, metrics: Mapping[str, float], state: TrainState, speed: Mapping[str, float]) -> None:
+        told = {"score": _NO_SCORE, **metrics, **speed}
         if self._rank > 0:
             ray_train.report(told, checkpoint=None)
             return
@@ -221,26 +246,65 @@ class _Reporter:
         return RayCheckpoint(f"{storage.experiment_fs_path}/{name}", storage.storage_filesystem)
 
 
-def progress_line(metrics: Mapping[str, float], epochs: int, seconds: float) -> str:
-    """One epoch in one line; figures are aligned, gains are over the degraded input."""
-    left = (epochs - metrics["epoch"]) * seconds / 60
-    defect = ""
-    if "val/defect_psnr" in metrics:
-        defect = f"  defect {metrics['val/defect_psnr']:.2f} dB ({metrics['val/defect_psnr_gain']:+.2f})"
-    return (
-        f"epoch {int(metrics['epoch']):3d}/{epochs}  loss {metrics['loss/total']:.4f}"
-        f"  PSNR {metrics['val/psnr']:.2f} dB ({metrics['val/psnr_gain']:+.2f}){defect}"
-        f"  {seconds:.0f} s, {left:.0f} min left"
-    )
+class _Gauges:
+    """The latest figures of a run among Ray's metrics, hence Prometheus's: `kintsugi_train_...`, tagged `run`."""
+
+    def __init__(self, run: str) -> None:
+        self._run, self._known = run, dict[str, Gauge]()
+
+    def set(self, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            if name not in self._known:
+                metric = re.sub(r"\W+", "_", name.removeprefix("train/"))
+                about = f"{name} of the last epoch"
+                self._known[name] = Gauge(f"kintsugi_train_{metric}", about, tag_keys=("run",))
+            self._known[name].set(float(value), {"run": self._run})
+
+
+class _ToDriver(UserCallback):
+    """Runs in Ray's controller, a process of its own, and must not keep it waiting."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._actor: Any = queue.actor
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        self._actor.put_nowait.remote(metrics[0])
+
+
+class _Live:
+    """A progress bar in the driver, fed by the controller. It may fall silent; it never ends a run."""
+
+    def __init__(self, epochs: int, label: str) -> None:
+        self._queue = Queue(actor_options={"num_cpus": 0})
+        self._bar, self._feeder = ProgressBar(epochs, label), threading.Thread(target=self._feed, daemon=True)
+        self.callback = _ToDriver(self._queue)
+
+    def _feed(self) -> None:
+        with contextlib.suppress(RayError):
+            while (metrics := self._queue.get()) is not None:
+                self._bar.show(metrics)
+
+    def __enter__(self) -> None:
+        self._bar.__enter__()
+        self._feeder.start()
+
+    def __exit__(self, *raised: Any) -> None:
+        actor: Any = self._queue.actor
+        actor.put_nowait.remote(None)
+        self._feeder.join(timeout=5)
+        self._queue.shutdown(force=True)
+        self._bar.__exit__(*raised)
 
 
 def card(
     config: ExperimentConfig,
     train: SplitReader,
+    val: SplitReader,
     world: int,
     state: TrainState,
     before: Mapping[str, Any] | None = None,
     init: str | None = None,
+    commit: str | None = None,
 ) -> dict[str, Any]:
     """How the model came to be, kept in its checkpoint; `before` is the card of the checkpoint that it goes on from."""
     weights = config.loss.perceptual.weights
@@ -249,11 +313,13 @@ def card(
     return {
         "dataset": config.data.dataset,
         "dataset_digest": train.digest,
+        "skipped": {r.source.split: [asdict(row) for row in r.skipped] for r in (train, val)},
         "init": before["init"] if before else init,
         "perceptual": f"{config.loss.perceptual.network}, {weights} weights" if used else "not used",
         "workers": [*history, {"epoch": state.epoch, "step": state.step, "world_size": world}],
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}",
-        "versions": {name: version(name) for name in ("kintsugi", "torch", "ray", "kornia", "timm")},
+        "commit": commit,
+        "versions": versions(),
     }
 
 

@@ -6,10 +6,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kintsugi.config import ExperimentConfig
@@ -24,6 +26,9 @@ from kintsugi.training.state import TrainState
 
 Report = Callable[[Mapping[str, float], TrainState], None]
 Save = Callable[[TrainState], None]
+Pictures = list[list[NDArray[Any]]]
+Show = Callable[[Pictures, int], None]
+_SHOWN, _SHOWN_PX = 4, 256
 _POLL_STEPS = 10
 """How often workers ask each other whether one must save at once: asking makes them wait for each other."""
 
@@ -50,6 +55,7 @@ def fit(
     report: Report,
     *,
     save: Save | None = None,
+    show: Show | None = None,
     model: nn.Module | None = None,
     worker: Worker | None = None,
 ) -> None:
@@ -59,6 +65,8 @@ def fit(
 
     Args:
         save: called on every worker, after the same step, when a checkpoint within an epoch is due.
+        show: called after each epoch with rows of pictures (degraded, restored, clean) of some of this worker's
+            validation images, at native resolution, and the epoch.
         model: what to call for a forward pass, for example DDP around `state.model`; default that itself.
     """
     worker = worker or Worker()
@@ -72,8 +80,11 @@ def fit(
         terms = epochs.run(state, config.at_epoch(state.epoch), train)
         if terms is None:
             return
-        found = _validate(state, config, val, worker)
+        pictures: Pictures = []
+        found = _validate(state, config, val, worker, None if show is None else pictures)
         state.note(found["score"])
+        if show is not None:
+            show(pictures, state.epoch)
         report({"epoch": state.epoch, "learning_rate": learning_rate, **terms, **found}, state)
         if epochs.late():
             return
@@ -195,30 +206,45 @@ def _means(names: list[str], state: TrainState) -> dict[str, float]:
     return means
 
 
-def _validate(state: TrainState, config: ExperimentConfig, val: SplitReader, worker: Worker) -> dict[str, float]:
+def _validate(
+    state: TrainState, config: ExperimentConfig, val: SplitReader, worker: Worker, pictures: Pictures | None = None
+) -> dict[str, float]:
     """Mean figures over the validation images, whole and at native size, each worker taking its share."""
     restorer = Restorer(state.published.eval(), worker.device)
     count = min(len(val), config.train.validation_images or len(val))
     sums = torch.zeros(6, dtype=torch.float64)
-    for place in range(worker.rank, count, worker.world):
+    own = range(worker.rank, count, worker.world)
+    shown_places = {own[i * len(own) // _SHOWN] for i in range(_SHOWN)} if own else set[int]()
+    for place in own:
         # Spread over the split, which may be sorted by category.
         degraded, clean, mask = evaluation_pair(val.sample(place * len(val) // count), config)
         shown = mask if config.model.mask == "given" else None
         reference = clean.to_unit()
         # Only what the score needs: the whole set of figures costs more than the restoration.
-        after = align(restorer.restore(degraded, shown).image.to_unit(), reference)
+        restored = restorer.restore(degraded, shown).image.to_unit()
+        after = align(restored, reference)
         before = align(degraded.to_unit(), reference)
         value = psnr(after, reference)
         sums[:3] += torch.tensor([1, value, value - psnr(before, reference)], dtype=torch.float64)
         if mask.any():
             value = defect_psnr(after, reference, mask)
             sums[3:] += torch.tensor([1, value, value - defect_psnr(before, reference, mask)], dtype=torch.float64)
+        if pictures is not None and place in shown_places:
+            pictures.append(_cut(mask, degraded.to_unit(), restored, reference))
     _sum_over_workers(sums, worker)
     images, total, gain, defects, defect_total, defect_gain = sums.tolist()
     figures = {"val/psnr": total / images, "val/psnr_gain": gain / images}
     if defects:
         figures |= {"val/defect_psnr": defect_total / defects, "val/defect_psnr_gain": defect_gain / defects}
     return {**figures, "score": score(gain / images, defect_gain / defects if defects else math.nan)}
+
+
+def _cut(mask: NDArray[np.bool_], *images: NDArray[Any]) -> list[NDArray[Any]]:
+    """The same window of each image, around a defect if there is one: enough to see, and little to send."""
+    rows, columns = np.nonzero(mask)
+    middle = (rows[len(rows) // 2], columns[len(rows) // 2]) if len(rows) else (mask.shape[0] // 2, mask.shape[1] // 2)
+    top, left = (max(0, min(m - _SHOWN_PX // 2, n - _SHOWN_PX)) for m, n in zip(middle, mask.shape, strict=True))
+    return [image[top : top + _SHOWN_PX, left : left + _SHOWN_PX].copy() for image in images]
 
 
 def _any(flag: bool, worker: Worker) -> bool:

@@ -2,6 +2,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ from kintsugi.errors import TrainingError
 from kintsugi.losses import RestorationLoss, build_loss
 from kintsugi.models import PerceptualDistance
 from kintsugi.storage import LocalStore
-from kintsugi.training.loop import Worker, fit
+from kintsugi.training.loop import Pictures, Worker, _cut, fit
 from kintsugi.training.state import TrainState, build_state
 
 Reported = list[tuple[dict[str, float], dict[str, torch.Tensor]]]
@@ -128,6 +129,32 @@ def test_a_process_that_will_be_taken_away_saves_at_once(tiny_store: LocalStore,
         save=lambda now: saved.append(now.step), worker=worker,
     )  # fmt: skip
     assert saved == [10]
+
+
+def test_after_each_epoch_some_validation_images_are_shown_as_they_are(
+    tiny_store: LocalStore, tiny_config: ExperimentConfig
+) -> None:
+    train, val = open_split(tiny_store, "tiny", "train"), open_split(tiny_store, "tiny", "val")
+    shown: list[tuple[int, Pictures]] = []
+    state = build_state(tiny_config, train.digest)
+    loss = loss_of(tiny_config)
+    fit(state, tiny_config, train, val, loss, lambda *_: None, show=lambda rows, epoch: shown.append((epoch, rows)))
+    assert [epoch for epoch, _ in shown] == [1, 2]
+    for _, rows in shown:
+        assert len(rows) == len(val) == 2
+        for index, (degraded, restored, clean) in enumerate(rows):
+            assert np.array_equal(clean, val.sample(index).clean.to_unit())
+            assert degraded.shape == restored.shape == clean.shape and not np.array_equal(degraded, restored)
+
+
+def test_of_a_large_image_a_window_around_its_defect_is_shown() -> None:
+    mask = np.zeros((900, 2000), bool)
+    mask[880:890, 1000:1010] = True
+    image = np.arange(mask.size, dtype=np.float32).reshape(mask.shape)
+    (window,) = _cut(mask, image)
+    assert np.array_equal(window, image[-256:, 1000 - 128 : 1000 + 128])
+    (window,) = _cut(np.zeros_like(mask), image)
+    assert np.array_equal(window, image[450 - 128 : 450 + 128, 1000 - 128 : 1000 + 128])
 
 
 def test_bf16_trains_much_as_float32(tiny_store: LocalStore, tiny_config: ExperimentConfig) -> None:
