@@ -15,6 +15,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from kintsugi.config import ExperimentConfig, parse_config, with_values
 from kintsugi.errors import TrainingError
+from kintsugi.training.filesystem import run_storage
 from kintsugi.training.launch import launch_training
 from kintsugi_tune.space import Space
 
@@ -82,7 +83,7 @@ def launch_search(config: ExperimentConfig, space: Space, store_uri: str, search
         ),
         run_config=tune.RunConfig(
             name=search,
-            storage_path=f"{store_uri}/runs",
+            **run_storage(f"{store_uri}/runs"),
             callbacks=[JsonLoggerCallback(), _Progress(limits.trials)],
             verbose=0,
         ),
