@@ -61,7 +61,7 @@ def ray_row(store: LocalStore, config: ExperimentConfig, scratch: Path, turns: i
     path = scratch / "config.yaml"
     path.write_text(config.to_yaml())
     os.environ |= {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-    os.environ |= {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "240", "OMP_NUM_THREADS": "1"}
+    os.environ |= {"OMP_NUM_THREADS": "1"}
     os.environ |= {"RAY_worker_niceness": "0"}  # torchrun is not nice to others either
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     # Its own processes wait, but for Ray's: torchrun runs beside an idle cluster.
