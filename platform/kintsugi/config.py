@@ -235,6 +235,9 @@ class TrainConfig(Section):
     checkpoint_steps: int | None = Field(
         default=None, ge=1, description="also save every so many steps within an epoch; default: only at its end"
     )
+    checkpoint_minutes: float | None = Field(
+        default=None, gt=0, description="also save within an epoch when the last save is so long ago"
+    )
     max_minutes: float | None = Field(
         default=None, gt=0, description="stop after the epoch, or the save within it, that passes this"
     )

@@ -100,7 +100,7 @@ class _Run:
         if config.train.compile:
             model = cast(nn.Module, torch.compile(model))
         loss = build_loss(config.loss, PerceptualDistance(config.loss.perceptual)).to(device)
-        self.epochs = loop._Epochs(loss, model.train(), Worker(device=device), None, math.inf)
+        self.epochs = loop._Epochs(loss, model.train(), Worker(device=device), None, math.inf, loop._Timer(None))
 
     def step(self, batch: Crops) -> Tensor:
         return self.epochs._step(self.state, self.config, [0], iter([batch]))

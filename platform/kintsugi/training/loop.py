@@ -72,7 +72,7 @@ def fit(
     worker = worker or Worker()
     minutes = config.train.max_minutes
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-    epochs = _Epochs(loss, model or state.model, worker, save, deadline)
+    epochs = _Epochs(loss, model or state.model, worker, save, deadline, _Timer(config.train.checkpoint_minutes))
     if config.train.compile:
         epochs = replace(epochs, model=cast(nn.Module, torch.compile(epochs.model)))
     while state.epoch < config.train.epochs and state.stale < config.train.patience:
@@ -86,8 +86,23 @@ def fit(
         if show is not None:
             show(pictures, state.epoch)
         report({"epoch": state.epoch, "learning_rate": learning_rate, **terms, **found}, state)
+        epochs.timer.restart()
         if epochs.late():
             return
+
+
+@dataclass
+class _Timer:
+    """Tells when the last save is `minutes` ago."""
+
+    minutes: float | None
+    last: float = field(default_factory=time.monotonic)
+
+    def __call__(self) -> bool:
+        return self.minutes is not None and time.monotonic() - self.last >= 60 * self.minutes
+
+    def restart(self) -> None:
+        self.last = time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -99,6 +114,7 @@ class _Epochs:
     worker: Worker
     save: Save | None
     deadline: float
+    timer: _Timer
 
     def run(self, state: TrainState, config: ExperimentConfig, train: SplitReader) -> dict[str, float] | None:
         """Mean loss terms of the epoch over all workers; None where time ran out within it."""
@@ -117,6 +133,7 @@ class _Epochs:
                 _means(names, state)
                 assert self.save is not None
                 self.save(state)
+                self.timer.restart()
                 if self.late():
                     return None
         state.sums = _gathered(sums, worker)
@@ -173,7 +190,9 @@ class _Epochs:
         if every is not None and state.step % every == 0:
             return True
         urgent = self.worker.urgent
-        return urgent is not None and state.step % _POLL_STEPS == 0 and _any(urgent(), self.worker)
+        if (urgent is None and self.timer.minutes is None) or state.step % _POLL_STEPS:
+            return False
+        return _any(self.timer() or (urgent is not None and urgent()), self.worker)
 
 
 def _own_share(sums: Tensor | None, terms: int, worker: Worker) -> Tensor:

@@ -157,6 +157,16 @@ def test_of_a_large_image_a_window_around_its_defect_is_shown() -> None:
     assert np.array_equal(window, image[450 - 128 : 450 + 128, 1000 - 128 : 1000 + 128])
 
 
+def test_a_save_is_due_when_the_last_one_is_long_ago(tiny_store: LocalStore, tiny_config: ExperimentConfig) -> None:
+    values = {"train.epochs": 1, "train.steps_per_epoch": 21}
+    saved: dict[float | None, list[int]] = {}
+    for minutes in (None, 1e-9, 1e9):
+        config, steps = with_values(tiny_config, {**values, "train.checkpoint_minutes": minutes}), list[int]()
+        run(tiny_store, config, save=lambda state, steps=steps: steps.append(state.step))
+        saved[minutes] = steps
+    assert saved == {None: [], 1e-9: [10, 20], 1e9: []}
+
+
 def test_bf16_trains_much_as_float32(tiny_store: LocalStore, tiny_config: ExperimentConfig) -> None:
     config = with_values(tiny_config, {"train.epochs": 1})
     plain = run(tiny_store, config)[0][0][0]["loss/total"]
