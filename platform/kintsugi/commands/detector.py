@@ -19,6 +19,9 @@ def train(
     folder: Annotated[Path, typer.Argument(help="Where the detector goes; 'kintsugi evaluate --detector' takes it.")],
     steps: Annotated[int, typer.Option(min=1, help="About 0.3 s each on one CPU core.")] = 5000,
     seed: Annotated[int, typer.Option(help="Of the weights and the crops.")] = 0,
+    vary_grain: Annotated[
+        bool, typer.Option("--vary-grain", help="Soften crops and add noise: less tied to one camera's grain.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train a segmenter on a dataset's clean images; it judges how well defects are found before and after."""
@@ -30,8 +33,9 @@ def train(
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("training", total=steps)
         card = build_detector(
-            store, dataset, folder, steps=steps, seed=seed, progress=lambda step, _: bar.update(task, completed=step)
-        )
+            store, dataset, folder, steps=steps, seed=seed, vary_grain=vary_grain,
+            progress=lambda step, _: bar.update(task, completed=step),
+        )  # fmt: skip
     if as_json:
         print_json(card.model_dump())
         return

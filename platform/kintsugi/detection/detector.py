@@ -86,6 +86,7 @@ def build_detector(
     *,
     steps: int = 5000,
     seed: int = 0,
+    vary_grain: bool = False,
     progress: Callable[[int, float], None] | None = None,
 ) -> SegmenterCard:
     """Train our segmenter on a dataset's train split, measure it on val and, where there is one, on test, and save it.
@@ -93,6 +94,7 @@ def build_detector(
     Args:
         ref: `name` or `name@digest`.
         folder: for `load_detector`.
+        vary_grain: see `train_detector`.
         progress: called with the step and its loss.
 
     Raises:
@@ -100,8 +102,9 @@ def build_detector(
     """
     train, val = open_split(store, ref, "train"), open_split(store, ref, "val")
     trained = train_detector(
-        train, val, steps=steps, seed=seed, trained_on=f"{ref}, digest {train.digest[:12]}", progress=progress
-    )
+        train, val, steps=steps, seed=seed, trained_on=f"{ref}, digest {train.digest[:12]}", vary_grain=vary_grain,
+        progress=progress,
+    )  # fmt: skip
     found = clean_average_precision(trained, test) if (test := _test_split(store, ref)) is not None else None
     card = trained.card.model_copy(update={"test_average_precision": found})
     Segmenter(trained.net, card).save(folder)

@@ -61,6 +61,7 @@ class SegmenterCard(BaseModel):
     val_average_precision: float | None
     test_average_precision: float | None = None
     trained_on: str = ""
+    vary_grain: bool = False
 
 
 class SegmenterNet(nn.Module):
@@ -183,23 +184,26 @@ def train_detector(
     batch: int = 4,
     learning_rate: float = 2e-3,
     trained_on: str = "",
+    vary_grain: bool = False,
     progress: Callable[[int, float], None] | None = None,
 ) -> Segmenter:
     """Train on the clean images of one split, measure on the clean images of another.
 
     Half of the crops lie on a defect, each defect image as likely as any other. Images that nobody labelled are
-    left out. The grain of three crops in five is varied. Every second step sees 4 times as many crops of half the
-    side: small defects are lost in large crops, large ones need them.
+    left out. Every second step sees 4 times as many crops of half the side: small defects are lost in large crops,
+    large ones need them.
 
     Args:
         crop: px, a multiple of 32; smaller images are mirrored at their border.
         trained_on: for the card, in words.
+        vary_grain: soften three crops of five or add noise: a detector that only ever saw one camera's grain may take
+            the smoothness of a denoised surface for a defect. It then finds fewer defects in clean images.
         progress: called with the step and its loss.
 
     Raises:
         DataError: no image has a defect to learn from.
     """
-    crops = _Crops(samples, seed)
+    crops = _Crops(samples, seed, vary_grain)
     if crop % (2 * STRIDE):
         raise DataError(f"a crop of {crop} px does not fit the detector: use a multiple of {2 * STRIDE}")
     torch.manual_seed(seed)
@@ -219,7 +223,7 @@ def train_detector(
     card = SegmenterCard(
         width=width, steps=steps, seed=seed, crop=crop, batch=batch, train_images=len(crops.known),
         train_defect_images=len(crops.defective), val_images=len(val_samples), val_average_precision=None,
-        trained_on=trained_on,
+        trained_on=trained_on, vary_grain=vary_grain,
     )  # fmt: skip
     # Half precision is what 'save' writes: measured is what will be loaded.
     trained = Segmenter(net.eval().half().float(), card)
@@ -263,8 +267,8 @@ def normalised(image: Image) -> Unit:
 class _Crops:
     """Batches that follow from (seed, step) alone."""
 
-    def __init__(self, samples: Samples, seed: int) -> None:
-        self.samples, self.seed = samples, seed
+    def __init__(self, samples: Samples, seed: int, vary_grain: bool) -> None:
+        self.samples, self.seed, self.vary_grain = samples, seed, vary_grain
         self.known: list[int] = []
         self.defective: list[int] = []
         for index in range(len(samples)):
@@ -293,15 +297,14 @@ class _Crops:
         # No quarter turns: parts lie the same way in front of a camera.
         flips = tuple(slice(None, None, 1 - 2 * int(flip)) for flip in generator.integers(2, size=2))
         gain, offset = np.exp(generator.uniform(-0.35, 0.35)), generator.uniform(-0.4, 0.4)
-        image = _varied((image[places] * gain + offset).astype(np.float32), generator)
+        image = (image[places] * gain + offset).astype(np.float32)
+        if self.vary_grain:
+            image = _varied(image, generator)
         return image[flips].copy(), mask[places][flips].copy()
 
 
 def _varied(image: Unit, generator: np.random.Generator) -> Unit:
-    """Three crops of five with other grain: softened, its edges kept or not, or noisier.
-
-    A detector that only ever saw one camera's grain takes the smoothness of any denoised surface for a defect.
-    """
+    """Three crops of five with other grain: softened, its edges kept or not, or noisier."""
     kind = generator.integers(5)
     if kind == 0:
         return np.asarray(cv2.GaussianBlur(image, (0, 0), generator.uniform(0.4, 1.5)), np.float32)

@@ -8,7 +8,7 @@ import torch
 
 from kintsugi.data.planted import plant_spot
 from kintsugi.data.sample import Sample
-from kintsugi.detection.segmenter import CARD, WEIGHTS, Segmenter, clean_average_precision, train_detector
+from kintsugi.detection.segmenter import CARD, WEIGHTS, Segmenter, _Crops, clean_average_precision, train_detector
 from kintsugi.errors import DataError, IntegrityError
 from kintsugi.imaging import Image
 
@@ -131,3 +131,14 @@ def test_a_crop_that_does_not_fit_the_strides_is_refused() -> None:
 
 def test_the_clean_score_of_a_split_without_defects_is_absent(trained: Segmenter) -> None:
     assert clean_average_precision(trained, Surfaces(1, 3)) is None
+
+
+def test_varied_grain_changes_the_crops_and_not_the_masks(tmp_path: Path) -> None:
+    plain, varied = (_Crops(Surfaces(12, 1), 0, vary_grain) for vary_grain in (False, True))
+    (image, mask), (other, same) = (crops.batch(0, 32, 20) for crops in (plain, varied))
+    assert torch.equal(mask, same)
+    changed = [not torch.equal(a, b) for a, b in zip(image, other, strict=True)]
+    assert 6 <= sum(changed) <= 18
+    made = train_detector(Surfaces(4, 1), Surfaces(2, 2), steps=2, width=8, crop=64, batch=1, vary_grain=True)
+    made.save(tmp_path / "d")
+    assert Segmenter.load(tmp_path / "d").card.vary_grain
