@@ -66,7 +66,7 @@ def ray_row(store: LocalStore, config: ExperimentConfig, scratch: Path, turns: i
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     # Its own processes wait, but for Ray's: torchrun runs beside an idle cluster.
     kinds = {
-        "torchrun": [str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "2", "--master-port", "0"],
+        "torchrun": [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2"],
         "ray": [sys.executable],
     }
     rates: dict[str, list[float]] = {kind: [] for kind in kinds}

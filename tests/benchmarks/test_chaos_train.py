@@ -47,3 +47,10 @@ def test_without_a_gpu_the_benchmark_of_one_says_so_and_its_steps_run(tmp_path: 
     rows = rows_of("bench_train_gpu.py", "gpu", tmp_path, *words)
     assert rows["defaults: images a second"]["value"] > 0
     assert 0 <= rows["share of the time that the GPU waits for data"]["value"] <= 1
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(600)
+def test_training_under_ray_and_torchrun_is_measured_side_by_side(tmp_path: Path) -> None:
+    rows = rows_of("bench_train.py", "train", tmp_path, "--turns", "1", "--steps", "4")
+    assert len(rows) == 2 and all(row["value"] > 0 for row in rows.values())
