@@ -79,7 +79,10 @@ def ray_row(store: LocalStore, config: ExperimentConfig, scratch: Path, turns: i
                 trace = scratch / f"{run}.trace"
                 paths = os.pathsep.join([str(HERE), *sys.path])
                 environment = {**os.environ, train_trace.VARIABLE: str(trace), "PYTHONPATH": paths}
-                subprocess.run(words, env=environment, check=True, stdout=subprocess.DEVNULL)
+                with (scratch / f"{run}.log").open("wb") as log:
+                    done = subprocess.run(words, env=environment, check=False, stdout=log, stderr=log)
+                if done.returncode:
+                    raise SystemExit(f"{run} failed:\n{(scratch / f'{run}.log').read_text()[-3000:]}")
                 rates[kind] += _rates(train_trace.read(trace), config)
     finally:
         cluster.shutdown()
