@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 import train_trace
-from ray.cluster_utils import Cluster
 from rows import Row, measured, output_of, print_table, write_rows
+from train_cluster import ray_head
 
 from kintsugi.config import ExperimentConfig, load_config, with_values
 from kintsugi.data.dataset import SplitReader, build_dataset, open_split
@@ -60,17 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def ray_row(store: LocalStore, config: ExperimentConfig, scratch: Path, turns: int) -> Row:
     path = scratch / "config.yaml"
     path.write_text(config.to_yaml())
-    os.environ |= {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     os.environ |= {"OMP_NUM_THREADS": "1"}
-    os.environ |= {"RAY_worker_niceness": "0"}  # torchrun is not nice to others either
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    # Its own processes wait, but for Ray's: torchrun runs beside an idle cluster.
     kinds = {
         "torchrun": [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2"],
         "ray": [sys.executable],
     }
     rates: dict[str, list[float]] = {kind: [] for kind in kinds}
-    try:
+    # torchrun runs beside the idle cluster, which costs next to nothing.
+    with ray_head(2) as cluster:
         for turn in range(turns):
             for kind, start in kinds.items():
                 run = f"{kind}-{turn}"
@@ -84,8 +81,6 @@ def ray_row(store: LocalStore, config: ExperimentConfig, scratch: Path, turns: i
                 if done.returncode:
                     raise SystemExit(f"{run} failed:\n{(scratch / f'{run}.log').read_text()[-3000:]}")
                 rates[kind] += _rates(train_trace.read(trace), config)
-    finally:
-        cluster.shutdown()
     per_second = {kind: median(found) for kind, found in rates.items()}
     told = ", ".join(f"{kind} {value:.1f} images/s" for kind, value in per_second.items())
     note = f"2 gloo workers, crops of {config.data.crop} px; median of epochs 2 and 3 of {turns} runs: {told}"

@@ -28,6 +28,7 @@ from chaos_writers import kill_writers
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
 from rows import Row, measured, output_of, print_table, write_rows
+from train_cluster import ray_head
 
 from kintsugi.checkpoint import fetch_newest, load_checkpoint, load_train_state
 from kintsugi.config import ExperimentConfig, load_config, with_values
@@ -134,17 +135,11 @@ class Farm:
 @contextmanager
 def farm(scratch: Path) -> Iterator[Farm]:
     os.environ |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
-    # Ray's workers give way to all other processes, so that a busy machine makes minutes of every start.
-    os.environ |= {"RAY_worker_niceness": "0"}
-    os.environ |= {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    made = Farm(scratch, cluster)
-    try:
+    with ray_head(0) as cluster:
+        made = Farm(scratch, cluster)
         made.add()
         made.add()
         yield made
-    finally:
-        cluster.shutdown()
 
 
 def wait_until(reached: Callable[[], bool], what: str, told: Callable[[], str]) -> None:
