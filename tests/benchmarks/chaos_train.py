@@ -16,19 +16,15 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-import train_trace
 from chaos_writers import kill_writers
-from ray._private.node import Node
-from ray.cluster_utils import Cluster
 from rows import Row, measured, output_of, print_table, write_rows
-from train_cluster import ray_head
+from train_cluster import Farm, farm, finish, wait_until
 
 from kintsugi.checkpoint import fetch_newest, load_checkpoint, load_train_state
 from kintsugi.config import ExperimentConfig, load_config, with_values
@@ -38,8 +34,6 @@ from kintsugi.storage import LocalStore
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-LIMIT_S = 900
-"""Nothing that is waited for here takes this long, not even on a busy machine."""
 VALUES = {
     "data.dataset": "chaos", "data.crop": 32, "data.batch_size": 4, "data.loader_processes": 1,
     "degradation.use_given": False, "model.base": 8, "model.dropout": 0.1, "optim.ema": 0.9,
@@ -94,67 +88,6 @@ def prepare(scratch: Path) -> Room:
     return Room(scratch, store, config, len(open_split(store, "chaos", "train")))
 
 
-@dataclass
-class Farm:
-    """A Ray cluster on this machine: a head that runs no worker, and two nodes with room for one worker each."""
-
-    scratch: Path
-    cluster: Cluster
-    nodes: list[Node] = field(default_factory=list)
-
-    def add(self) -> None:
-        self.nodes.append(self.cluster.add_node(num_cpus=1))
-
-    def kill_node(self) -> None:
-        """SIGKILL for the raylet and whatever runs on its node."""
-        self.cluster.remove_node(self.nodes.pop(), allow_graceful=False)
-
-    @contextmanager
-    def driver(self, room: Room, run: str, config: Path, *more: str) -> "Iterator[subprocess.Popen[bytes]]":
-        """Train `run` in a process of its own, in the background."""
-        words = [sys.executable, str(HERE / "train_driver.py"), self.cluster.address, room.store.uri, run, str(config)]
-        variables = {"KINTSUGI_TRACE": str(self.trace(run)), "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
-        with (self.scratch / f"{run}.log").open("ab") as log:
-            process = subprocess.Popen([*words, *more], env={**os.environ, **variables}, stdout=log, stderr=log)
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.wait()
-
-    def trace(self, run: str) -> Path:
-        return self.scratch / f"{run}.trace"
-
-    def lines(self, run: str, kind: str = "step") -> list[dict[str, Any]]:
-        return [line for line in train_trace.read(self.trace(run)) if line["kind"] == kind]
-
-    def log(self, run: str) -> str:
-        return (self.scratch / f"{run}.log").read_text()[-3000:]
-
-
-@contextmanager
-def farm(scratch: Path) -> Iterator[Farm]:
-    os.environ |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
-    with ray_head(0) as cluster:
-        made = Farm(scratch, cluster)
-        made.add()
-        made.add()
-        yield made
-
-
-def wait_until(reached: Callable[[], bool], what: str, told: Callable[[], str]) -> None:
-    deadline = time.monotonic() + LIMIT_S
-    while not reached():
-        if time.monotonic() > deadline:
-            raise SystemExit(f"waited {LIMIT_S} s in vain for {what}:\n{told()}")
-        time.sleep(0.01)  # polls a file that other processes write
-
-
-def finish(process: "subprocess.Popen[bytes]", told: Callable[[], str]) -> None:
-    if process.wait(LIMIT_S):
-        raise SystemExit(f"the driver failed:\n{told()}")
-
-
 # ---------------------------------------------------------------------------- kills
 
 
@@ -166,7 +99,7 @@ def kills(room: Room, options: argparse.Namespace) -> list[Row]:
     dice = random.Random(options.seed)
     points = [5 * number + dice.randrange(3, 6) for number in range(options.kills)]
     with farm(room.scratch) as made:
-        with made.driver(room, "straight", config) as process:
+        with made.driver(room.store.uri, "straight", config) as process:
             finish(process, lambda: made.log("straight"))
         done = _run_with_kills(made, room, config, points, steps)
     same, differ = _equal_ends(room, "straight", "killed")
@@ -198,7 +131,7 @@ def _run_with_kills(made: Farm, room: Room, config: Path, points: list[int], ste
     done: list[str] = []
     remaining = list(enumerate(points))
     while True:
-        with made.driver(room, "killed", config) as process:
+        with made.driver(room.store.uri, "killed", config) as process:
             while remaining:
                 number, point = remaining[0]
                 wait_until(
@@ -318,9 +251,9 @@ def _coverage(lines: Sequence[dict[str, Any]]) -> dict[int, tuple[set[int], set[
 def elastic(room: Room, options: argparse.Namespace) -> list[Row]:
     config = room.variant("elastic", train__epochs=6, train__min_workers=1, train__steps_per_epoch=60)
     with farm(room.scratch) as made:
-        with made.driver(room, "whole", config) as process:
+        with made.driver(room.store.uri, "whole", config) as process:
             finish(process, lambda: made.log("whole"))
-        with made.driver(room, "elastic", config, "2") as process:
+        with made.driver(room.store.uri, "elastic", config, "2") as process:
             for world, act in ((2, made.kill_node), (1, made.add), (2, None)):
                 wait_until(
                     lambda wanted=world, now=process: _worlds(made)[-1:] == [wanted] or now.poll() is not None,
@@ -365,7 +298,7 @@ def _order(lines: Sequence[dict[str, Any]]) -> dict[tuple[int, int], list[Any]]:
 def drain(room: Room, options: argparse.Namespace) -> list[Row]:
     """A node is told that it will be taken away in 30 s, and then is; nothing else is saved within the epoch."""
     config = room.variant("drain", train__epochs=1, train__steps_per_epoch=2000, train__checkpoint_steps=None)
-    with farm(room.scratch) as made, made.driver(room, "drain", config) as process:
+    with farm(room.scratch) as made, made.driver(room.store.uri, "drain", config) as process:
         _at_step(made, process, 20)
         told = _tell(made)
         wait_until(lambda: bool(made.lines("drain", "saved")), "a checkpoint", lambda: made.log("drain"))
