@@ -32,7 +32,9 @@ def ray_head(num_cpus: int) -> Iterator[Cluster]:
     try:
         yield cluster
     finally:
-        cluster.shutdown()
+        # Asked politely, every node waits half a minute for work that nobody will do.
+        for node in [*cluster.worker_nodes, cluster.head_node]:
+            cluster.remove_node(node, allow_graceful=False)
 
 
 @dataclass
