@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from kintsugi import imaging
 from kintsugi.errors import ConfigError, ImageError, StoreError
 from kintsugi.imaging import Image
-from kintsugi.restore.restorer import Band, Map, MaskSource, Restorer, WholeMask
+from kintsugi.restore.restorer import Band, Map, Restorer
+from kintsugi.restore.sources import MaskSource, WholeMask
 from kintsugi.restore.strips import TiffStrips, write_strips
 from kintsugi.storage import write_atomically
 from kintsugi.trust.report import Report

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from importlib import resources
 from itertools import starmap
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -21,31 +21,13 @@ from kintsugi.errors import ConfigError, ImageError, KintsugiError, ModelNotFoun
 from kintsugi.imaging import Image, check_pixels
 from kintsugi.models import Prediction, RestorationUNet
 from kintsugi.restore.inference import Rows, TiledModel
+from kintsugi.restore.sources import Mask, MaskSource, RowSource, WholeMask
 from kintsugi.restore.tiling import POSES, Ensemble, cores, windows
 from kintsugi.trust.judge import abstain_reason
 from kintsugi.trust.report import Audit, Calibration, Report, read_calibration, untouched
 
-Mask = NDArray[np.bool_]
 Map = NDArray[np.float32]
 Array = TypeVar("Array", bound=NDArray[Any])
-
-
-class RowSource(Protocol):
-    """An image that is read in bands: an `Image`, or a file that is too large to be held whole."""
-
-    @property
-    def size(self) -> tuple[int, int]: ...
-    @property
-    def channels(self) -> int: ...
-    def rows(self, start: int, stop: int) -> Image: ...
-
-
-class MaskSource(Protocol):
-    """A mask that is read in bands of (rows, W) bool."""
-
-    @property
-    def size(self) -> tuple[int, int]: ...
-    def mask_rows(self, start: int, stop: int) -> Mask: ...
 
 
 @dataclass(frozen=True)
@@ -326,20 +308,6 @@ def shipped_weights() -> Path:
             "this installation comes without weights: name a checkpoint folder or a published model with --model"
         )
     return folder
-
-
-@dataclass(frozen=True)
-class WholeMask:
-    """A mask in memory, (H, W) bool."""
-
-    mask: Mask
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.mask.shape[0], self.mask.shape[1]
-
-    def mask_rows(self, start: int, stop: int) -> Mask:
-        return self.mask[start:stop] != 0
 
 
 def _whole(mask: Mask | None) -> MaskSource | None:

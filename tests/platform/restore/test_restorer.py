@@ -11,7 +11,8 @@ from kintsugi.config import ExperimentConfig, with_values
 from kintsugi.errors import ConfigError, ImageError, IntegrityError, KintsugiError
 from kintsugi.imaging import Image, decode, encode
 from kintsugi.models import build_model
-from kintsugi.restore.restorer import Restoration, Restorer, RestoreSettings, WholeMask
+from kintsugi.restore.restorer import Restoration, Restorer, RestoreSettings
+from kintsugi.restore.sources import WholeMask
 from kintsugi.restore.tiling import Ensemble
 from kintsugi.trust.judge import TrustLimits, fit_profile
 from kintsugi.trust.report import CALIBRATION, Calibration, save_calibration
