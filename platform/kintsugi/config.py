@@ -247,13 +247,55 @@ class TrainConfig(Section):
     max_failures: int = Field(default=2, ge=-1, description="worker group restarts; -1 is without end")
 
 
+Objective = Literal["score", "psnr", "defect_psnr"]
+
+
 class SearchConfig(Section):
-    trials: int = Field(default=16, ge=1)
+    """`screened` trials are tried on small budgets first; their best, and all later ones, get the full budget."""
+
+    objectives: tuple[Objective, ...] = Field(
+        default=("psnr", "defect_psnr"),
+        description="what is sought, aligned, on the validation images, dB; score is the worse of the two gains",
+    )
+    trials: int = Field(default=16, ge=1, description="configs that are tried, screened ones among them")
+    screened: int = Field(
+        default_factory=lambda data: int(data.get("trials", 16)) // 2,
+        ge=0,
+        description="of the trials, how many are random and may be stopped early; default half",
+    )
+    epochs: int = Field(default=12, ge=1, description="full budget of a trial")
+    screen_epochs: int = Field(
+        default_factory=lambda data: max(1, int(data.get("epochs", 12)) // 3),
+        ge=1,
+        description="budget of a screened trial; default a third of epochs",
+    )
+    grace_epochs: int = Field(default=1, ge=1, description="no screened trial is stopped before")
+    reduction_factor: int = Field(
+        default=3, ge=2, description="one screened trial in this many passes a rung, and one gets the full budget"
+    )
+    sampler: Literal["auto", "gp", "tpe", "random"] = Field(
+        default="auto", description="of the trials after screening; auto: gp, and tpe for more than 200 of them"
+    )
     max_concurrent: int = Field(default=2, ge=1)
-    epochs: int = Field(default=12, ge=1, description="budget of a trial that is not stopped")
-    grace_epochs: int = Field(default=2, ge=1, description="no trial is stopped before")
-    reduction_factor: int = Field(default=2, ge=2, description="one trial in this many survives a rung")
+    budget_minutes: float | None = Field(default=None, gt=0, description="stop after; 'kintsugi tune --resume' goes on")
     workers_per_trial: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.objectives or len(set(self.objectives)) != len(self.objectives):
+            raise ValueError("objectives needs one or more different names, for example [psnr, defect_psnr]")
+        if self.screened > self.trials:
+            raise ValueError(f"screened must be at most trials (got {self.screened} and {self.trials}): lower it")
+        if self.screened and self.screen_epochs > self.epochs:
+            raise ValueError(
+                f"screen_epochs must be at most epochs (got {self.screen_epochs} and {self.epochs}): lower it"
+            )
+        if self.screened and self.grace_epochs > self.screen_epochs:
+            raise ValueError(
+                f"grace_epochs must be at most screen_epochs (got {self.grace_epochs} and {self.screen_epochs}), "
+                "else no trial fits into its budget: lower it, or raise screen_epochs"
+            )
+        return self
 
 
 class ExperimentConfig(Section):
