@@ -117,9 +117,21 @@ def fetch_best(store: ObjectStore, run: str, folder: Path) -> Checkpoint:
     Raises:
         TrainingError: the run has no whole checkpoint.
     """
-    if _fetch_first(store, run, folder, lambda metrics: (metrics.get("score", -math.inf),)) is None:
-        raise TrainingError(f"run {run} has no whole checkpoint under {store.uri}/runs/{run}/: start it again")
+    if _fetch_first(store, run, folder, _by_score) is None:
+        raise TrainingError(_no_checkpoint(store, run))
     return load_checkpoint(folder)
+
+
+def best_metrics(store: ObjectStore, run: str) -> dict[str, float]:
+    """The metrics of the run's checkpoint with the highest `score`.
+
+    Raises:
+        TrainingError: the run has no checkpoint.
+    """
+    ranked = _ranked(store, run, _by_score)
+    if not ranked:
+        raise TrainingError(_no_checkpoint(store, run))
+    return ranked[0][1]
 
 
 def fetch_newest(store: ObjectStore, run: str, folder: Path) -> str | None:
@@ -128,7 +140,25 @@ def fetch_newest(store: ObjectStore, run: str, folder: Path) -> str | None:
     Returns:
         Its prefix in the store; None where the run has no whole checkpoint yet.
     """
-    return _fetch_first(store, run, folder, lambda metrics: (metrics["epoch"], metrics.get("step", 0)))
+    return _fetch_first(store, run, folder, _by_time)
+
+
+def newest_metrics(store: ObjectStore, run: str) -> dict[str, float] | None:
+    """The metrics of the run's newest checkpoint; None where there is none yet."""
+    ranked = _ranked(store, run, _by_time)
+    return ranked[0][1] if ranked else None
+
+
+def _by_score(metrics: Mapping[str, float]) -> Rank:
+    return (metrics.get("score", -math.inf),)
+
+
+def _by_time(metrics: Mapping[str, float]) -> Rank:
+    return metrics["epoch"], metrics.get("step", 0)
+
+
+def _no_checkpoint(store: ObjectStore, run: str) -> str:
+    return f"run {run} has no whole checkpoint under {store.uri}/runs/{run}/: start it again"
 
 
 def delete_torn(store: ObjectStore, run: str) -> list[str]:
@@ -145,11 +175,8 @@ def delete_torn(store: ObjectStore, run: str) -> list[str]:
     return torn
 
 
-def _fetch_first(store: ObjectStore, run: str, folder: Path, rank: Callable[[dict[str, float]], Rank]) -> str | None:
-    keys = [info.key for info in store.list(f"runs/{run}/")]
-    found = [key.removesuffix(f"/{MANIFEST}") for key in keys if key.endswith(f"/{MANIFEST}")]
-    ranked = [(rank(json.loads(store.get(f"{key}/{METRICS}"))), key) for key in found if f"{key}/{METRICS}" in keys]
-    for _, key in sorted(ranked, reverse=True):
+def _fetch_first(store: ObjectStore, run: str, folder: Path, rank: Callable[[Mapping[str, float]], Rank]) -> str | None:
+    for key, _ in _ranked(store, run, rank):
         try:
             get_folder(store, key, folder)
             load_checkpoint(folder)
@@ -158,3 +185,13 @@ def _fetch_first(store: ObjectStore, run: str, folder: Path, rank: Callable[[dic
         else:
             return key
     return None
+
+
+def _ranked(
+    store: ObjectStore, run: str, rank: Callable[[Mapping[str, float]], Rank]
+) -> list[tuple[str, dict[str, float]]]:
+    """Prefixes and metrics of the run's checkpoints whose upload ended, the highest rank first."""
+    keys = {info.key for info in store.list(f"runs/{run}/")}
+    found = [key.removesuffix(f"/{MANIFEST}") for key in keys if key.endswith(f"/{MANIFEST}")]
+    told = [(key, json.loads(store.get(f"{key}/{METRICS}"))) for key in found if f"{key}/{METRICS}" in keys]
+    return sorted(told, key=lambda entry: (rank(entry[1]), entry[0]), reverse=True)

@@ -36,6 +36,12 @@ COMMANDS: Table = {
     "evaluate": ("kintsugi.commands.evaluate:evaluate", "Score a model on a dataset."),
     "detector train": ("kintsugi.commands.detector:train", "Train a segmenter that judges how well defects are found."),
     "tune": ("kintsugi_tune.commands:tune", "Search settings with Ray Tune, then publish the best model."),
+    "tune report": ("kintsugi_tune.commands:report", "Write what a search found as one HTML page."),
+    "tune publish": (
+        "kintsugi_tune.commands:publish",
+        "Publish a trial of a search; promote it if it is not worse.",
+    ),
+    "tune dashboard": ("kintsugi_tune.commands:dashboard", "Show searches in optuna-dashboard."),
     "models list": ("kintsugi.commands.models:list_", "List the published models, their versions and aliases."),
     "models show": ("kintsugi.commands.models:show", "Show a version's config and scorecard."),
     "models promote": ("kintsugi.commands.models:promote", "Point an alias at a version."),
@@ -93,10 +99,30 @@ def build_app(commands: Table = COMMANDS) -> TyperGroup:
     root: Any = _single(_root, cls=RootGroup)
     for path, (target, help_line) in commands.items():
         group, _, name = path.rpartition(" ")
-        if group and group not in root.commands:
-            root.add_command(TyperGroup(name=group, help=GROUPS.get(group), no_args_is_help=True))
+        if group and not isinstance(root.commands.get(group), TyperGroup):
+            root.add_command(_group(group, root.commands.get(group)))
         (root.commands[group] if group else root).add_command(LazyCommand(name, target, help_line))
     return root
+
+
+class VerbGroup(TyperGroup):
+    """A verb of its own, `kintsugi tune SPACE`, with others below it, `kintsugi tune report`."""
+
+    def __init__(self, own: LazyCommand) -> None:
+        super().__init__(name=own.name, help=own.help)
+        self.own = own
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        # Its options are its own command's, not the group's.
+        below = bool(args) and args[0] in self.commands
+        return super().parse_args(ctx, args if below else ["--", *(args or ["--help"])])
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        return super().resolve_command(ctx, args) if args[0] in self.commands else ("", self.own, args)
+
+
+def _group(name: str, own: LazyCommand | None) -> TyperGroup:
+    return VerbGroup(own) if own else TyperGroup(name=name, help=GROUPS.get(name), no_args_is_help=True)
 
 
 def resolve(target: str) -> Any:

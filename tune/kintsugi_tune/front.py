@@ -6,7 +6,7 @@ from kintsugi_tune.record import METRICS, SearchRecord, TrialRecord
 
 
 def pareto_front(trials: Iterable[TrialRecord]) -> list[TrialRecord]:
-    """The complete trials that no other complete one reaches in all objectives and passes in one; best first objective first."""
+    """The complete trials that no other is better than in every way; the best in the first objective first."""
     complete = [trial for trial in trials if trial.state == "complete"]
     front = [trial for trial in complete if not any(dominates(other.point, trial.point) for other in complete)]
     return sorted(front, key=lambda trial: (*(-value for value in trial.point.values()), trial.number))
@@ -20,7 +20,7 @@ def dominates(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
 def hypervolume(points: Iterable[Sequence[float]], origin: Sequence[float]) -> float:
     """What the points dominate above `origin`: a length for one objective, an area (dB²) for two.
 
-    Zitzler and Thiele, IEEE Trans. Evol. Comp. 3(4), 1999. Points that are not above the origin everywhere count nothing.
+    Zitzler and Thiele, IEEE Trans. Evol. Comp. 3(4), 1999. Points not above the origin everywhere count nothing.
     """
     gains = [tuple(v - o for v, o in zip(point, origin, strict=True)) for point in points]
     above = [gain for gain in gains if min(gain) > 0]

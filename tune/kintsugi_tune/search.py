@@ -1,153 +1,186 @@
-"""Ray Tune over experiment configs: each trial a Ray Train run, ASHA stopping the weak ones."""
+"""Ray Tune runs what the ledger proposes: each trial a Ray Train run, screened ones stopped by successive halving."""
 
 import logging
 import os
-import sys
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from ray import tune
+from ray.train._internal.session import get_session
 from ray.tune.integration.ray_train import TuneReportCallback
-from ray.tune.logger import JsonLoggerCallback
-from ray.tune.schedulers import ASHAScheduler
-from ray.tune.search.optuna import OptunaSearch
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
 
-from kintsugi.config import ExperimentConfig, parse_config, with_values
-from kintsugi.errors import TrainingError
+from kintsugi.checkpoint import best_metrics, newest_metrics
+from kintsugi.errors import KintsugiError
+from kintsugi.storage import LONG, open_store
 from kintsugi.training.filesystem import run_storage
 from kintsugi.training.launch import launch_training
-from kintsugi_tune.space import Space
+from kintsugi_tune.ledger import Ledger, Stage, load_plan, trial_config
+from kintsugi_tune.live import Live
 
-METRIC = "score"
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One point of a search. `score` in dB is its best, missing where the trial failed before its first epoch."""
-
-    run: str
-    values: dict[str, Any]
-    score: float | None
-    epochs: int
-    error: str | None
+_KEPT = ("epoch", "score", "learning_rate", "loss/", "val/", "train/")
+_NODE_FAILURES = 2
+"""How often a trial is begun again elsewhere. What its own training raises is `train.max_failures`' business."""
 
 
-@dataclass(frozen=True)
-class SearchResult:
-    """All trials, the best first."""
+def run_search(ledger: Ledger, store_uri: str, *, max_concurrent: int, budget_minutes: float | None) -> bool:
+    """Run a search on the connected Ray cluster until it is done, time is up or someone interrupts it.
 
-    search: str
-    trials: tuple[Trial, ...]
+    The trials that are then under way stay so in the ledger, and the same search continues them.
 
-    @property
-    def best(self) -> Trial:
-        return self.trials[0]
-
-
-def launch_search(config: ExperimentConfig, space: Space, store_uri: str, search: str) -> SearchResult:
-    """Search on the connected Ray cluster; trials and their checkpoints go to `runs/<search>/trials/`.
-
-    Raises:
-        ConfigError: a known point or the end of a range is no valid config; nothing has started then.
-        TrainingError: every trial failed.
+    Returns:
+        Whether it is done.
     """
-    space.check(config)
-    # Curves and HParams are written by the training itself; Tune's own TensorBoard logger would repeat them.
+    # The trainings write their own curves and HParams; Tune's loggers would repeat them.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     logging.getLogger("optuna").setLevel(logging.WARNING)
-    limits = config.search
-    payload = {"config": config.model_dump(mode="json"), "store": store_uri, "search": search}
-    tuner = tune.Tuner(
+    deadline = None if budget_minutes is None else time.monotonic() + 60 * budget_minutes
+    with Live(ledger, deadline) as live:
+        for stage in ledger.stages():
+            seconds = None if deadline is None else deadline - time.monotonic()
+            if stage.left and (seconds is None or seconds > 0):
+                _tuner(ledger, stage, store_uri, live, max_concurrent, seconds).fit()
+            if stage.left:
+                return False
+    return True
+
+
+def _tuner(
+    ledger: Ledger, stage: Stage, store_uri: str, live: Live, max_concurrent: int, seconds: float | None
+) -> tune.Tuner:
+    payload = {"store": store_uri, "search": ledger.plan.name}
+    return tune.Tuner(
         # A trial itself holds no CPU: on a small machine its training workers could not start otherwise.
-        tune.with_resources(tune.with_parameters(_run_trial, payload=payload, space=space), {"memory": 1}),
+        tune.with_resources(tune.with_parameters(_run_trial, payload=payload), {"memory": 1}),
         tune_config=tune.TuneConfig(
-            num_samples=limits.trials,
-            max_concurrent_trials=limits.max_concurrent,
-            search_alg=OptunaSearch(
-                space=space.distributions(),
-                metric=METRIC,
-                mode="max",
-                points_to_evaluate=[space.encode(point) for point in space.start][: limits.trials],
-                seed=config.train.seed,
-            ),
-            scheduler=ASHAScheduler(
-                time_attr="epoch",
-                metric=METRIC,
-                mode="max",
-                max_t=limits.epochs,
-                grace_period=min(limits.grace_epochs, limits.epochs),
-                reduction_factor=limits.reduction_factor,
-            ),
-            trial_dirname_creator=lambda trial: trial.trial_id,
+            num_samples=stage.left,
+            max_concurrent_trials=max_concurrent,
+            search_alg=_Asker(stage),
+            scheduler=_Halving(stage),
+            time_budget_s=seconds,
+            trial_dirname_creator=lambda trial: f"{trial.config['number']:04d}-{trial.trial_id}",
         ),
         run_config=tune.RunConfig(
-            name=search,
-            **run_storage(f"{store_uri}/runs"),
-            callbacks=[JsonLoggerCallback(), _Progress(limits.trials)],
+            name=f"tune-{stage.name}",
+            **run_storage(f"{store_uri}/{ledger.plan.root}"),
+            failure_config=tune.FailureConfig(max_failures=_NODE_FAILURES),
+            callbacks=[_Watch(stage, live)],
             verbose=0,
         ),
     )
-    return _collect(tuner.fit(), space, search)
 
 
-class _Progress(tune.Callback):
-    """One line for each trial that ends."""
+class _Unkept:
+    """Tune keeps copies of what it works with, to go on from; the ledger in the store is what a search goes on from."""
 
-    def __init__(self, trials: int) -> None:
-        self._trials, self._ended = trials, 0
+    def __reduce__(self) -> tuple[type[object], tuple[()]]:
+        return object, ()
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        last = trial.last_result
-        self._tell(
-            trial, f"ended after epoch {last.get('epoch', 0)} with score {last.get(METRIC, float('nan')):+.2f} dB"
-        )
+
+class _Asker(_Unkept, Searcher):
+    """Hands Tune the ledger's proposals."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__(metric=None, mode=None)
+        self._stage = stage
+        self._numbers: dict[str, int] = {}
+
+    def suggest(self, trial_id: str) -> Any:
+        proposal = self._stage.next()
+        if proposal is None:
+            return Searcher.FINISHED
+        self._numbers[trial_id] = proposal.number
+        return {
+            "number": proposal.number, "run": proposal.run, "values": proposal.values,
+            "epochs": proposal.epochs, "label": proposal.label,
+        }  # fmt: skip
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        number = self._numbers.pop(trial_id)
+        # A trial that was stopped, or whose failure the callback tells, is no longer running in the ledger.
+        if error or result is None or not self._stage.is_running(number):
+            return
+        if "failed" in result:
+            self._stage.fail(number, result["failed"])
+        elif "finished" in result:
+            self._stage.complete(number, _figures(result))
+
+    def save(self, checkpoint_path: str) -> None:
+        pass
+
+    def restore(self, checkpoint_path: str) -> None:
+        pass
+
+
+class _Halving(_Unkept, FIFOScheduler):
+    """Tells the ledger each epoch, and stops the trials that it gives up."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__()
+        self._stage = stage
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        number = trial.config["number"]
+        if "score" not in result or "finished" in result or not self._stage.is_running(number):
+            return TrialScheduler.CONTINUE
+        if not self._stage.observe(number, _figures(result)):
+            return TrialScheduler.CONTINUE
+        self._stage.stopped(number)
+        return TrialScheduler.STOP
+
+
+class _Watch(_Unkept, tune.Callback):
+    """Tells the person who watches, and the ledger why a trial's process died for good."""
+
+    def __init__(self, stage: Stage, live: Live) -> None:
+        self._stage, self._live = stage, live
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self._live.show()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._tell(trial, "failed: its error is in the Ray dashboard and in the table at the end")
-
-    def _tell(self, trial: Any, what: str) -> None:
-        self._ended += 1
-        sys.stderr.write(f"trial {self._ended}/{self._trials} ({trial.trial_id}) {what}\n")
+        number, error = trial.config["number"], trial.get_error()
+        if self._stage.is_running(number):
+            self._stage.fail(number, str(error).strip().splitlines()[-1] if error else "its process died")
 
 
-def _run_trial(flat: dict[str, Any], payload: dict[str, Any], space: Space) -> None:
-    values = space.decode(flat)
-    base = parse_config(payload["config"])
-    budget = {"train.epochs": base.search.epochs, "train.workers": base.search.workers_per_trial}
-    config = with_values(base, {**budget, **values})
-    run = trial_run(payload["search"], tune.get_context().get_trial_id())
-    launch_training(config, payload["store"], run, callbacks=[TuneReportCallback()], settings=_flatten(values))
+def _figures(result: Mapping[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in result.items() if key.startswith(_KEPT) and isinstance(value, int | float)}
 
 
-def trial_run(search: str, trial_id: str) -> str:
-    return f"{search}/trials/{trial_id}"
+def _run_trial(proposal: dict[str, Any], payload: dict[str, Any]) -> None:
+    """In an actor of Tune's: train, or go on training, and tell the metrics of the best checkpoint."""
+    store = open_store(payload["store"], LONG)
+    plan, run = load_plan(store, payload["search"]), proposal["run"]
+    config = trial_config(plan, proposal["values"], proposal["epochs"])
+    # Workers wait for those of other trials to be done, or for nodes to come, as long as it takes.
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(24 * 3600)
+    # After a restart the last epoch may have been trained and never been told.
+    if known := newest_metrics(store, run):
+        _tell(known)
+    try:
+        launch_training(
+            config, payload["store"], run,
+            callbacks=[TuneReportCallback()], settings=flat_settings(proposal["values"]), init=plan.init,
+        )  # fmt: skip
+        _tell({**best_metrics(store, run), "finished": True})
+    except KintsugiError as error:
+        _tell({"failed": str(error)})
 
 
-def _collect(results: Any, space: Space, search: str) -> SearchResult:
-    trials = [_trial(result, space, search) for result in results]
-    finished = sorted((t for t in trials if t.score is not None), key=lambda t: -(t.score or 0.0))
-    if not finished:
-        raise TrainingError(f"every trial of {search} failed, the first with: {trials[0].error}")
-    return SearchResult(search, (*finished, *(t for t in trials if t.score is None)))
+def _tell(metrics: Mapping[str, Any]) -> None:
+    """Through the queue that Ray Train's reports take: `tune.report` would wait for ever behind one of them."""
+    session = get_session()
+    assert session is not None
+    session._get_or_create_inter_actor_queue().put(dict(metrics))  # pyright: ignore[reportPrivateUsage]
 
 
-def _trial(result: Any, space: Space, search: str) -> Trial:
-    frame = result.metrics_dataframe
-    scores = [] if frame is None or METRIC not in frame else frame[METRIC].dropna().tolist()
-    trial_id = str((result.metrics or {}).get("trial_id") or result.path.rstrip("/").rpartition("/")[2])
-    return Trial(
-        run=trial_run(search, trial_id),
-        values=space.decode(result.config) if result.config else {},
-        score=max(scores, default=None),
-        epochs=len(scores),
-        error=None if result.error is None else str(result.error).strip().splitlines()[-1],
-    )
-
-
-def _flatten(values: Mapping[str, Any]) -> dict[str, float | str]:
+def flat_settings(values: Mapping[str, Any]) -> dict[str, float | str]:
     """Dotted scalars for the HParams table."""
-    flat: dict[str, float | str] = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= {f"{key}.{name}": share for name, share in value.items()} if isinstance(value, dict) else {key: value}
+        parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        flat |= {f"{key}.{name}": part for name, part in parts} or {key: value}
     return flat

@@ -37,7 +37,7 @@ def train(
 
     settings = pin_dataset(store, load_config(config, sets or ()))
     check_perceptual(settings)
-    init = None if init_from is None else _initial(store, init_from, settings)
+    init = None if init_from is None else initial_weights(store, init_from, settings)
     run = run or f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     cluster.connect()
     note(
@@ -48,7 +48,7 @@ def train(
     _tell_published(version, card, run, as_json)
 
 
-def _initial(store: ObjectStore, model: str, config: ExperimentConfig) -> str:
+def initial_weights(store: ObjectStore, model: str, config: ExperimentConfig) -> str:
     """Where the published model lies in the store.
 
     Raises:

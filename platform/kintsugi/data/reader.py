@@ -46,6 +46,10 @@ class SplitReader:
     def sample_ids(self) -> list[str]:
         return self._copy.table.column("sample_id").to_pylist()
 
+    @cached_property
+    def defect_types(self) -> list[str]:
+        return self._copy.table.column("defect_type").to_pylist()
+
     def raw(self, index: int) -> RawSample:
         """The encoded sample, checked against the hashes of its row; a damaged copy is fetched anew, once.
 

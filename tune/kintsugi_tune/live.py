@@ -1,0 +1,115 @@
+"""A search for the person who watches: a table in a terminal, elsewhere a line for each trial that ends."""
+
+import sys
+import time
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.live import Live as RichLive
+from rich.table import Table
+
+from kintsugi_tune.front import pareto_front
+from kintsugi_tune.ledger import Ledger
+from kintsugi_tune.record import METRICS, SearchRecord, TrialRecord
+
+_ROWS = 20
+_EVERY_S = 1.0
+
+
+class Live:
+    """Follows a ledger.
+
+    Args:
+        deadline: of `time.monotonic()`, when the search will be stopped.
+    """
+
+    def __init__(self, ledger: Ledger, deadline: float | None, console: Console | None = None) -> None:
+        self._ledger, self._deadline = ledger, deadline
+        self._console = console or Console(stderr=True)
+        self._table = RichLive(console=self._console, auto_refresh=False) if self._console.is_terminal else None
+        self._told: set[int] = set()
+        self._shown = 0.0
+
+    def show(self) -> None:
+        if time.monotonic() - self._shown < _EVERY_S:
+            return
+        self._shown = time.monotonic()
+        record = self._ledger.record()
+        for trial in record.trials:
+            if (trial.state != "running" and not trial.screened) or trial.state in ("failed", "pruned"):
+                self._tell(trial, record)
+        if self._table is not None:
+            self._table.update(search_table(record, self._left()), refresh=True)
+
+    def _tell(self, trial: TrialRecord, record: SearchRecord) -> None:
+        if trial.number not in self._told and self._table is None:
+            sys.stderr.write(f"{record.name} trial {trial.number:3d} {ending(trial, record)}\n")
+        self._told.add(trial.number)
+
+    def _left(self) -> float | None:
+        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    def __enter__(self) -> Self:
+        if self._table is not None:
+            self._table.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._shown = 0.0
+        self.show()
+        if self._table is not None:
+            self._table.__exit__(kind, error, at)
+
+
+def search_table(record: SearchRecord, seconds_left: float | None) -> Table:
+    """The last trials, those under way at the foot; members of the front are marked with a star."""
+    front = {trial.number for trial in pareto_front(record.trials)}
+    ended = sum(trial.state != "running" for trial in record.trials)
+    left = "" if seconds_left is None else f", {seconds_left / 60:.0f} min left"
+    title = f"{record.name}: {ended} of {record.config.search.trials} trials ended{left}"
+    table = Table("", "trial", "state", "epochs", *(f"{name}, dB" for name in record.objectives), "config",
+                  title=title, title_justify="left", box=None)  # fmt: skip
+    for trial in sorted(record.trials, key=lambda t: (t.state == "running", t.number))[-_ROWS:]:
+        told = trial.state if trial.label is None else f"{trial.state} ({trial.label})"
+        mark = "*" if trial.number in front else ""
+        figures = [_figure(trial, name) for name in record.objectives]
+        table.add_row(mark, str(trial.number), told, _epochs(trial, record), *figures, readable(trial.values))
+    return table
+
+
+def ending(trial: TrialRecord, record: SearchRecord) -> str:
+    """What became of a trial, in one line."""
+    if trial.state == "failed":
+        return f"failed after {trial.epochs} epochs: {trial.reason}"
+    figures = "  ".join(f"{name} {_figure(trial, name)} dB" for name in record.objectives)
+    what = "complete" if trial.state == "complete" else "stopped"
+    return f"{what} after {trial.epochs} epochs  {figures}  {readable(trial.values)}"
+
+
+def readable(values: dict[str, Any]) -> str:
+    """Values in few letters: `weights=.25/.30/.20/.15/.10 dropout=0.15 reduction=16/16/16`."""
+    return "  ".join(f"{key.rpartition('.')[2]}={_short(value)}" for key, value in values.items())
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return _joined(f"{share:.2f}".lstrip("0") for share in value.values())
+    if isinstance(value, list):
+        return _joined(str(part) for part in value)
+    return f"{value:.2g}" if isinstance(value, float) else str(value)
+
+
+def _joined(parts: Iterable[str]) -> str:
+    return "/".join(parts)
+
+
+def _figure(trial: TrialRecord, name: str) -> str:
+    value = trial.best.get(METRICS[name])
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _epochs(trial: TrialRecord, record: SearchRecord) -> str:
+    search = record.config.search
+    return f"{trial.epochs}/{search.screen_epochs if trial.screened else search.epochs}"
