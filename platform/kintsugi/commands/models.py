@@ -106,12 +106,13 @@ def _show_verdict(verdict: "Verdict") -> None:
             bound.name,
             _decibel(bound.candidate, bound.candidate_category),
             _decibel(bound.production, bound.production_category),
+            bound.change(),
             "yes" if bound.holds else "no",
         )
         for bound in verdict.bounds
     ]
-    absent = [(name, "", "", f"unknown: {reason}") for name, reason in verdict.absent.items()]
-    print_table(("bound", verdict.candidate, verdict.production, "holds"), rows + absent)
+    absent = [(name, "", "", "", f"unknown: {reason}") for name, reason in verdict.absent.items()]
+    print_table(("bound", verdict.candidate, verdict.production, "difference", "holds"), rows + absent)
 
 
 def _decibel(value: float, category: str | None) -> str:

@@ -11,7 +11,7 @@ from kintsugi.errors import DataError
 from kintsugi.evaluation.scorecard import Scorecard, bootstrap
 
 OVERALL = "overall PSNR"
-WORST = "worst category's defect PSNR, 95% lower bound"
+WORST = "worst category's lower bound of defect PSNR"
 
 _PSNR, _DEFECT_PSNR = "aligned_psnr", "aligned_defect_psnr"
 _SAME_INPUT = 0.01
@@ -43,12 +43,16 @@ class Bound(BaseModel):
     def told(self) -> str:
         """The numbers in words, where it does not hold."""
         where, there = (f" ({name})" if name else "" for name in (self.candidate_category, self.production_category))
-        spread = f", 95% interval {self.interval[0]:+.2f} to {self.interval[1]:+.2f} dB" if self.interval else ""
         allowed = f", {self.tolerance:g} dB are allowed" if self.tolerance else ""
         return (
-            f"{self.name}: {self.candidate:.2f} dB{where} against {self.production:.2f} dB{there} in production "
-            f"({self.difference:+.3g} dB{spread}{allowed})"
+            f"{self.name} {self.candidate:.2f} dB{where} against {self.production:.2f} dB{there} in production "
+            f"({self.change()}{allowed})"
         )
+
+    def change(self) -> str:
+        """The difference, and its interval where there is one."""
+        spread = f", 95% interval {self.interval[0]:+.2f} to {self.interval[1]:+.2f}" if self.interval else ""
+        return f"{self.difference:+.3g} dB{spread}"
 
 
 class Verdict(BaseModel):
@@ -73,11 +77,13 @@ class Verdict(BaseModel):
     def refusal(self) -> str:
         """Why it does not pass, with the numbers, and what to do."""
         failed = [bound.told() for bound in self.bounds if not bound.holds] + list(self.absent.values())
-        advice = "put labelled defects with masks into it" if self.absent else "train on more of what got worse"
+        shown = f"'kintsugi evaluate {self.candidate} --split {self.split} --report report.html' shows where"
+        advice = (
+            f"give its {self.split} split defects with masks" if self.absent else f"train on more of that ({shown})"
+        )
         return (
             f"{self.candidate} is not promoted over {self.production} on {self.dataset}/{self.split}: "
-            f"{'; '.join(failed)}: {advice} ('kintsugi evaluate {self.candidate} --split {self.split} --report "
-            "report.html' shows every image), or promote without --gate"
+            f"{'; '.join(failed)}: {advice}, or promote without --gate"
         )
 
 

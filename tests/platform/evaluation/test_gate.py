@@ -63,14 +63,14 @@ def test_lower_psnr_is_refused_and_named_with_its_numbers() -> None:
     verdict = judge(shifted("unet@2", -0.5, 1.0, 1.0), PRODUCTION)
     assert not verdict.passed and failed(verdict) == [OVERALL]
     told = verdict.refusal()
-    assert "overall PSNR: 29.25 dB against 29.75 dB in production (-0.5 dB, 95% interval -0.50 to -0.50 dB)" in told
+    assert "overall PSNR 29.25 dB against 29.75 dB in production (-0.5 dB, 95% interval -0.50 to -0.50)" in told
     assert WORST not in told and "kintsugi evaluate unet@2" in told
 
 
 def test_higher_psnr_with_a_worse_worst_category_is_refused_and_the_category_named() -> None:
     verdict = judge(shifted("unet@2", 1.0, 3.0, -0.25), PRODUCTION)
     assert failed(verdict) == [WORST]
-    assert f"{WORST}: 19.75 dB (b) against 20.00 dB (b) in production (-0.25 dB)" in verdict.refusal()
+    assert f"{WORST} 19.75 dB (b) against 20.00 dB (b) in production (-0.25 dB)" in verdict.refusal()
 
 
 def test_another_category_that_becomes_the_worst_is_the_one_that_counts() -> None:
