@@ -12,6 +12,7 @@ KintsugiError
 │   ├── PreconditionFailed someone else wrote first (If-None-Match, If-Match)
 │   └── StoreUnavailable   no answer; trying again may help
 ├── ModelNotFound          no such model, version or alias
+├── GateRefused            a model is worse than the one in production
 ├── TrainingError          a training run or a search did not finish
 └── StackError             the local stack, or the cluster, is not in the needed state
 """
@@ -74,6 +75,10 @@ class StoreUnavailable(StoreError):
 
 class ModelNotFound(KintsugiError):
     """No such model, version or alias."""
+
+
+class GateRefused(KintsugiError):
+    """A model is worse than the one in production, or nothing tells that it is not."""
 
 
 class TrainingError(KintsugiError):

@@ -20,6 +20,7 @@ from kintsugi.storage import ObjectStore, cache_folder
 from kintsugi.trust.report import CALIBRATION
 
 SCORECARD = "scorecard.json"
+Expected = int | None | Literal["any"]
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
@@ -154,14 +155,18 @@ class Registry:
             raise ModelNotFound(f"there is no model '{name}': 'kintsugi models list' shows what exists")
         return versions[-1]
 
-    def promote(self, ref: str, alias: str = "production") -> ModelVersion:
+    def promote(self, ref: str, alias: str = "production", *, expected: Expected = "any") -> ModelVersion:
         """Point `alias` at a version.
 
+        Args:
+            expected: the version that `alias` must still name, None where it must not exist yet.
+
         Raises:
-            PreconditionFailed: someone moved the alias at the same moment; look, then decide again.
+            PreconditionFailed: someone moved the alias at the same moment, or since it named `expected`; look, then
+                decide again.
         """
         version = self.resolve(ref)
-        self._move(version.name, alias, version.number, "promote")
+        self._move(version.name, alias, version.number, "promote", expected)
         return version
 
     def rollback(self, name: str, alias: str = "production") -> ModelVersion:
@@ -211,17 +216,27 @@ class Registry:
                 f"{self.store.uri}/{key} is damaged: promote a version again after removing it"
             ) from error
 
-    def _move(self, name: str, alias: str, number: int, action: Literal["promote", "rollback"]) -> None:
+    def _move(
+        self, name: str, alias: str, number: int, action: Literal["promote", "rollback"], expected: Expected = "any"
+    ) -> None:
         key = _alias_key(name, alias)
         move = AliasMove(version=number, moved=datetime.now(UTC).isoformat(timespec="seconds"), action=action)
         try:
             current, etag = self._alias(key)
         except ObjectNotFound:
+            _check_expected(f"{name}@{alias}", None, expected)
             first = Alias(version=number, history=(move,))
             self.store.put(key, first.model_dump_json(indent=1).encode(), if_none_match=True)
             return
+        _check_expected(f"{name}@{alias}", current.version, expected)
         moved = Alias(version=number, history=(*current.history, move))
         self.store.put(key, moved.model_dump_json(indent=1).encode(), if_match=etag)
+
+
+def _check_expected(name: str, found: int | None, expected: Expected) -> None:
+    if expected not in ("any", found):
+        was, now = ("nothing" if number is None else f"version {number}" for number in (expected, found))
+        raise PreconditionFailed(f"{name} named {was} and now names {now}: look at it, then decide again")
 
 
 def _place(scratch: Path, folder: Path) -> Path:

@@ -133,6 +133,27 @@ def test_two_who_move_an_alias_at_once_cannot_both_win(checkpoint: Path) -> None
         registry.promote("unet@1")
 
 
+@pytest.mark.parametrize("expected", [None, 1, 3])
+def test_an_alias_that_moved_meanwhile_stays_where_it_is(
+    registry: Registry, checkpoint: Path, expected: int | None
+) -> None:
+    for _ in range(3):
+        registry.publish("unet", checkpoint, b"{}")
+    registry.promote("unet@2", expected=None)
+    with pytest.raises(PreconditionFailed, match=r"unet@production named .* and now names version 2"):
+        registry.promote("unet@3", expected=expected)
+    assert registry.resolve("unet@production").number == 2
+    registry.promote("unet@3", expected=2)
+    assert registry.resolve("unet@production").number == 3
+
+
+def test_an_alias_that_should_be_there_and_is_not_is_never_created(registry: Registry, checkpoint: Path) -> None:
+    registry.publish("unet", checkpoint, b"{}")
+    with pytest.raises(PreconditionFailed, match="named version 1 and now names nothing"):
+        registry.promote("unet@1", expected=1)
+    assert registry.aliases("unet") == {}
+
+
 @pytest.mark.parametrize("ref", ["unet@production", "unet@7", "other", "other@1"])
 def test_what_does_not_exist_is_named(registry: Registry, checkpoint: Path, ref: str) -> None:
     registry.publish("unet", checkpoint, b"{}")

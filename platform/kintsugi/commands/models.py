@@ -10,6 +10,7 @@ from kintsugi.commands.lookup import fetch_model, open_root_store
 from kintsugi.storage import ObjectStore
 
 if TYPE_CHECKING:
+    from kintsugi.evaluation.gate import Verdict
     from kintsugi.registry import Registry
 
 
@@ -53,10 +54,28 @@ def show(model: Model, as_json: Json = False) -> None:
     say((folder / "config.yaml").read_text())
 
 
-def promote(model: Model, alias: Annotated[str, typer.Option(help="Which alias to move.")] = "production") -> None:
+def promote(
+    model: Model,
+    alias: Annotated[str, typer.Option(help="Which alias to move.")] = "production",
+    gate: Annotated[
+        bool, typer.Option("--gate", help="Only if no worse than what the alias names, on the test split.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Point an alias at a version."""
-    version = _registry(open_root_store()).promote(model, alias)
-    say(f"{version.name}@{alias} is now version {version.number} ({version.digest[:12]})")
+    store = open_root_store()
+    registry = _registry(store)
+    version = registry.resolve(model)
+    if gate:
+        from kintsugi.commands.promotion import promote_gated
+
+        promote_gated(store, version, alias, tell=_print_verdict if as_json else _show_verdict)
+    else:
+        registry.promote(version.ref, alias)
+        if as_json:
+            print_json(version.model_dump())
+    if not as_json:
+        say(f"{version.name}@{alias} is now version {version.number} ({version.digest[:12]})")
 
 
 def rollback(
@@ -72,6 +91,32 @@ def _registry(store: ObjectStore) -> "Registry":
     from kintsugi.registry import Registry
 
     return Registry(store)
+
+
+def _print_verdict(verdict: "Verdict") -> None:
+    print_json(verdict.model_dump(mode="json"))
+
+
+def _show_verdict(verdict: "Verdict") -> None:
+    if verdict.production is None:
+        say(f"nothing to compare {verdict.candidate} with: it is the first behind this alias")
+        return
+    rows = [
+        (
+            bound.name,
+            _decibel(bound.candidate, bound.candidate_category),
+            _decibel(bound.production, bound.production_category),
+            bound.change(),
+            "yes" if bound.holds else "no",
+        )
+        for bound in verdict.bounds
+    ]
+    absent = [(name, "", "", "", f"unknown: {reason}") for name, reason in verdict.absent.items()]
+    print_table(("bound", verdict.candidate, verdict.production, "difference", "holds"), rows + absent)
+
+
+def _decibel(value: float, category: str | None) -> str:
+    return f"{value:.2f} dB ({category})" if category else f"{value:.2f} dB"
 
 
 def _short(value: Any) -> str:

@@ -11,7 +11,7 @@ from kintsugi import cluster
 from kintsugi.commands.console import Json, Sets, note, print_json, say
 from kintsugi.commands.evaluate import print_scorecard
 from kintsugi.commands.lookup import fetch_model, open_root_store
-from kintsugi.config import ExperimentConfig, load_config, with_values
+from kintsugi.config import ExperimentConfig, Split, load_config, with_values
 from kintsugi.errors import ConfigError
 from kintsugi.storage import ObjectStore
 
@@ -83,8 +83,12 @@ def pin_dataset(store: ObjectStore, config: ExperimentConfig) -> ExperimentConfi
     return with_values(config, {"data.dataset": f"{summary.name}@{summary.digest}"})
 
 
-def publish_best(store: ObjectStore, name: str, run: str) -> "tuple[ModelVersion, Scorecard]":
-    """Calibrate a run's best checkpoint, score it on its whole validation split and publish it with the scorecard."""
+def publish_best(store: ObjectStore, name: str, run: str, split: Split = "val") -> "tuple[ModelVersion, Scorecard]":
+    """Calibrate a run's best checkpoint on its validation images, score it on a whole split, publish it with that.
+
+    Raises:
+        DataError: its dataset has no images in that split; nothing is published.
+    """
     from kintsugi.checkpoint import fetch_best
     from kintsugi.data.dataset import open_split
     from kintsugi.evaluation.calibration import calibrate_model
@@ -96,10 +100,10 @@ def publish_best(store: ObjectStore, name: str, run: str) -> "tuple[ModelVersion
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         config = fetch_best(store, run, folder).config
-        reader, train = (open_split(store, config.data.dataset, split) for split in ("val", "train"))
-        save_calibration(folder, calibrate_model(Restorer.from_checkpoint(folder), reader, train, config))
+        reader, val, train = (open_split(store, config.data.dataset, part) for part in (split, "val", "train"))
+        save_calibration(folder, calibrate_model(Restorer.from_checkpoint(folder), val, train, config))
         restorer = Restorer.from_checkpoint(folder)
-        card = score_images(restorer, reader, config, dataset=config.data.dataset, split="val", model=name)
+        card = score_images(restorer, reader, config, dataset=config.data.dataset, split=split, model=name)
         version = Registry(store).publish(name, folder, card.model_dump_json().encode())
     return version, card
 
