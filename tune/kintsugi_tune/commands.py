@@ -103,12 +103,10 @@ def publish(
     search: Search,
     trial: Annotated[int | None, typer.Option(help="Default: of the front, the one with the highest score.")] = None,
     name: Annotated[str | None, typer.Option(help="Default: the name that the search was given.")] = None,
-    retrain: Annotated[
-        bool, typer.Option("--retrain", help="First train its config for the full train.epochs.")
-    ] = False,
+    retrain: Annotated[bool, typer.Option("--retrain", help="First train it for all train.epochs.")] = False,
     promote: Annotated[
         str | None,
-        typer.Option(metavar="ALIAS", help="Promote it to this alias if it is not worse than what is there."),
+        typer.Option(metavar="ALIAS", help="Promote it to this alias if it is not worse."),
     ] = None,
     as_json: Json = False,
 ) -> None:

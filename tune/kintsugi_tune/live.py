@@ -95,7 +95,7 @@ def readable(values: dict[str, Any]) -> str:
 
 def _short(value: Any) -> str:
     if isinstance(value, dict):
-        return _joined(f"{share:.2f}".lstrip("0") for share in value.values())
+        return _joined(f"{name} {share:.2f}" for name, share in value.items() if share)
     if isinstance(value, list):
         return _joined(str(part) for part in value)
     return f"{value:.2g}" if isinstance(value, float) else str(value)

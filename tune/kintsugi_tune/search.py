@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -85,27 +86,18 @@ class _Asker(_Unkept, Searcher):
     def __init__(self, stage: Stage) -> None:
         super().__init__(metric=None, mode=None)
         self._stage = stage
-        self._numbers: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> Any:
         proposal = self._stage.next()
         if proposal is None:
             return Searcher.FINISHED
-        self._numbers[trial_id] = proposal.number
         return {
             "number": proposal.number, "run": proposal.run, "values": proposal.values,
             "epochs": proposal.epochs, "label": proposal.label,
         }  # fmt: skip
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        number = self._numbers.pop(trial_id)
-        # A trial that was stopped, or whose failure the callback tells, is no longer running in the ledger.
-        if error or result is None or not self._stage.is_running(number):
-            return
-        if "failed" in result:
-            self._stage.fail(number, result["failed"])
-        elif "finished" in result:
-            self._stage.complete(number, _figures(result))
+        """The scheduler has told the ledger already, and a callback why a process died."""
 
     def save(self, checkpoint_path: str) -> None:
         pass
@@ -115,7 +107,7 @@ class _Asker(_Unkept, Searcher):
 
 
 class _Halving(_Unkept, FIFOScheduler):
-    """Tells the ledger each epoch, and stops the trials that it gives up."""
+    """Tells the ledger each epoch and each end, and stops the trials that the ledger gives up."""
 
     def __init__(self, stage: Stage) -> None:
         super().__init__()
@@ -123,11 +115,14 @@ class _Halving(_Unkept, FIFOScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         number = trial.config["number"]
-        if "score" not in result or "finished" in result or not self._stage.is_running(number):
+        if "failed" in result:
+            self._stage.fail(number, result["failed"])
+        elif "finished" in result:
+            self._stage.complete(number, _figures(result))
+        elif "score" not in result or not self._stage.observe(number, _figures(result)):
             return TrialScheduler.CONTINUE
-        if not self._stage.observe(number, _figures(result)):
-            return TrialScheduler.CONTINUE
-        self._stage.stopped(number)
+        else:
+            self._stage.stopped(number)
         return TrialScheduler.STOP
 
 
@@ -168,6 +163,8 @@ def _run_trial(proposal: dict[str, Any], payload: dict[str, Any]) -> None:
         _tell({**best_metrics(store, run), "finished": True})
     except KintsugiError as error:
         _tell({"failed": str(error)})
+    # The scheduler ends the trial when it reads that. Tune would take a return for the end, whatever is not read yet.
+    threading.Event().wait()
 
 
 def _tell(metrics: Mapping[str, Any]) -> None:

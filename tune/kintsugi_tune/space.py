@@ -180,9 +180,8 @@ class BoundSpace:
         if part.each_level is not None:
             levels = self.config.model.levels
             entries = value if isinstance(value, list | tuple) else [value] * levels
-            return {
-                f"{key}:{i}": _rank(part.each_level, entry) for i, entry in zip(range(levels), entries, strict=True)
-            }
+            pairs = zip(range(levels), entries, strict=True)
+            return {f"{key}:{i}": _rank(part.each_level, entry) for i, entry in pairs}
         return {key: float(value) if part.choice is None else _rank(part.choice, value)}
 
     def _own(self, key: str) -> Any:
