@@ -27,7 +27,7 @@ def gain_chart(images: Sequence[ImageScore]) -> str:
         axes.set(title="Gain over the degraded image", xlabel="dB, left of 0 is worse", ylabel="images")
         axes.legend()
 
-    return _svg(draw, "gain")
+    return svg(draw, "gain")
 
 
 def pair_chart(images: Sequence[ImageScore]) -> str:
@@ -50,7 +50,7 @@ def pair_chart(images: Sequence[ImageScore]) -> str:
         )
         axes.legend(loc="lower right")
 
-    return _svg(draw, "pair")
+    return svg(draw, "pair")
 
 
 def precision_recall_chart(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
@@ -65,11 +65,16 @@ def precision_recall_chart(curves: Mapping[str, Sequence[tuple[float, float]]]) 
         )
         axes.legend()
 
-    return _svg(draw, "detector")
+    return svg(draw, "detector")
 
 
-def _svg(draw: Draw, name: str) -> str:
-    """An `<svg>` element without any reference to the outside; `name` keeps its ids apart from other charts'."""
+def svg(draw: Draw, name: str, size: tuple[float, float] = (4.6, 3.2)) -> str:
+    """An `<svg>` element without any reference to the outside.
+
+    Args:
+        name: keeps its ids apart from other charts'.
+        size: width and height in inches.
+    """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -82,7 +87,7 @@ def _svg(draw: Draw, name: str) -> str:
     }  # fmt: skip
     target = StringIO()
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(4.6, 3.2), layout="constrained", facecolor="none")
+        figure = Figure(figsize=size, layout="constrained", facecolor="none")
         draw(figure.subplots())
         nothing: Any = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         FigureCanvasSVG(figure).print_svg(target, metadata=nothing)
