@@ -52,3 +52,8 @@ def chosen(record: SearchRecord) -> TrialRecord | None:
     """The member of the front with the highest score: the worse of its two gains over the degraded images."""
     front = pareto_front(record.trials)
     return max(front, key=lambda trial: trial.best[METRICS["score"]], default=None)
+
+
+def reference(record: SearchRecord) -> TrialRecord | None:
+    """What the others are compared with: the first known point."""
+    return next((trial for trial in record.trials if trial.label), None)
