@@ -50,12 +50,15 @@ def hypervolume_chart(record: SearchRecord) -> str:
 def importance_chart(record: SearchRecord) -> str:
     """The share of each of the searcher's coordinates for each objective; empty where nothing can be said."""
     shares = {name: importances(record, name) for name in record.objectives}
-    if not any(shares.values()):
+    shares = {name: each for name, each in shares.items() if each}
+    if not shares:
         return ""
+    order = sorted(_labels(shares), key=lambda label: -max(each[label] for each in shares.values()))
 
     def draw(axes: Any) -> None:
-        _bars(axes, {name: {k: 100 * v for k, v in each.items()} for name, each in shares.items()})
-        axes.set(title="Importance", xlabel="share of what sets the best quarter apart, %")
+        _bars(axes, {name: {label: 100 * each[label] for label in order} for name, each in shares.items()})
+        axes.set_title("Importance", loc="left")
+        axes.set(xlabel="share of what sets the best quarter apart, %")
 
     return svg(draw, "importance", (_WIDTH, _height(shares)))
 
@@ -71,7 +74,8 @@ def correlation_chart(record: SearchRecord) -> str:
         axes.axvspan(-chance, chance, color="#8a8a8a", alpha=0.18, linewidth=0)
         axes.axvline(0, color=INK, linewidth=0.8)
         _bars(axes, found)
-        axes.set(title="Direction", xlabel="rank correlation with the value; grey: may be chance", xlim=(-1, 1))
+        axes.set_title("Direction", loc="left")
+        axes.set(xlabel="rank correlation with the value; grey: may be chance", xlim=(-1, 1))
 
     return svg(draw, "correlation", (_WIDTH, _height(found)))
 
@@ -103,14 +107,15 @@ def _curve_chart(name: str, shown: Sequence[tuple[TrialRecord, str]]) -> str:
 def _bars(axes: Any, groups: Mapping[str, Mapping[str, float]]) -> None:
     """Horizontal bars side by side, the first entry on top."""
     labels = _labels(groups)
+    colours = COLOURS[5:]
     thick = 0.8 / len(groups)
     for place, (name, values) in enumerate(groups.items()):
         rows = np.arange(len(labels)) + (place - (len(groups) - 1) / 2) * thick
-        axes.barh(rows, [values.get(label, 0.0) for label in labels], thick, color=COLOURS[place], label=UNITS[name])
+        axes.barh(rows, [values.get(label, 0.0) for label in labels], thick, color=colours[place], label=UNITS[name])
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(groups))
 
 
 def _labels(groups: Mapping[str, Mapping[str, float]]) -> list[str]:

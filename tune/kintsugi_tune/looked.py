@@ -129,7 +129,7 @@ def _strip(drawn: Mapping[int, Pictured], captions: Mapping[int, str], first: in
         Picture("labelled defect", overlay(base.clean, base.mask)[shown]),
     )
     score = base.score
-    words = " · ".join((score.category, score.defect_type, f"worse gain of the first {worse_gain(score):+.2f} dB"))
+    words = " · ".join((score.category, score.defect_type, f"trial {first} gains {worse_gain(score):+.2f} dB"))
     return f"<b>{text(score.sample_id)}</b> <small>{text(words)}</small>{note}", pictures
 
 

@@ -18,8 +18,8 @@ STATES: Mapping[str, str] = {
 _WIDTH, _HEIGHT = 720.0, 470.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66.0, 30.0, 44.0, 62.0
 _GAP, _AXIS_TOP, _AXIS_BOTTOM = 76.0, 64.0, 330.0
-_FAR = 2
-"""What lies further from the complete trials than so many times their range is drawn at the edge."""
+_FAR = 1
+"""What lies further from the complete trials than so many times their range is out of sight."""
 
 
 @dataclass
@@ -31,10 +31,10 @@ class _Frame:
     taken: list[Box] = field(default_factory=list)
 
     def place(self, point: Point) -> Point:
-        """Data to px; what lies outside comes to the edge."""
+        """Data to px; what is out of sight comes to the edge."""
         (left, right), (low, high) = self.x, self.y
         across, up = (
-            min(1.0, max(0.0, v)) for v in ((point[0] - left) / (right - left), (point[1] - low) / (high - low))
+            min(0.98, max(0.02, v)) for v in ((point[0] - left) / (right - left), (point[1] - low) / (high - low))
         )
         return _LEFT + across * (_WIDTH - _LEFT - _RIGHT), _HEIGHT - _BOTTOM - up * (_HEIGHT - _TOP - _BOTTOM)
 
@@ -63,24 +63,31 @@ def front_plot(record: SearchRecord, colours: Mapping[int, str], links: Mapping[
         colours: trial number -> colour.
         links: trial number -> where its mark leads, within the page.
     """
-    points = {trial.number: found for trial in record.trials if (found := _point(record, trial)) is not None}
     if not record.complete:
         return ""
-    front, best, origin = pareto_front(record.trials), chosen(record), _origin(record)
+    points, origin = _points(record), _origin(record)
     frame = _frame([points[t.number] for t in record.complete], [*points.values(), *([origin] if origin else [])])
+    front, best = pareto_front(record.trials), chosen(record)
     order = sorted(record.trials, key=lambda t: (t.state == "complete", t in front, t == best))
-    drawn = [trial for trial in order if trial.number in points]
-    frame.taken += [_around(frame.place(points[trial.number])) for trial in drawn]
+    drawn = [trial for trial in order if trial.number in points and frame.holds(points[trial.number])]
+    frame.taken += [_around(frame.place(points[t.number]), 13 if t == best else 7) for t in drawn]
     parts = [*_grid(frame, record), _staircase(frame, [points[trial.number] for trial in front], record)]
     if origin:
         parts.append(_origin_mark(frame, origin))
     for trial in drawn:
         at, colour = points[trial.number], colours.get(trial.number, "")
         inside = _marks(frame, at, trial, member=trial in front, best=trial == best)
-        parts.append(_link(record, trial, links, "point" if frame.holds(at) else "point away", colour, inside))
+        parts.append(_link(record, trial, links, "point", colour, inside))
     named = (trial for trial in reversed(drawn) if trial.label or trial in front)
     parts += [frame.label(points[t.number], t.label or str(t.number), "name") for t in named]
     return _svg("front", (_WIDTH, _HEIGHT), "the trials by what they reach", parts)
+
+
+def out_of_sight(record: SearchRecord) -> int:
+    """How many trials have figures, but too far from those of the complete ones for `front_plot` to show them."""
+    points, core = _points(record), [trial.number for trial in record.complete]
+    frame = _frame([points[number] for number in core], list(points.values())) if core else None
+    return sum(not frame.holds(point) for point in points.values()) if frame else 0
 
 
 def parallel_plot(record: SearchRecord, links: Mapping[int, str]) -> str:
@@ -152,6 +159,10 @@ def _lines(record: SearchRecord, trial: TrialRecord) -> Iterator[str]:
             gain = f" ({value - record.origin[name]:+.2f} over degraded)" if name in record.origin else ""
             yield f"{UNITS[name]} {value:.2f}{gain}"
     yield from values_told(trial)
+
+
+def _points(record: SearchRecord) -> dict[int, Point]:
+    return {trial.number: found for trial in record.trials if (found := _point(record, trial)) is not None}
 
 
 def _point(record: SearchRecord, trial: TrialRecord) -> Point | None:
@@ -231,7 +242,7 @@ def _marks(frame: _Frame, at: Point, trial: TrialRecord, *, member: bool, best: 
 
 def _origin_mark(frame: _Frame, origin: Point) -> str:
     x, y = frame.place(origin)
-    frame.taken.append(_around((x, y)))
+    frame.taken.append(_around((x, y), 7))
     away = "" if frame.holds(origin) else f", out of sight at {origin[0]:.1f} / {origin[1]:.1f}"
     return origin_shape(x, y) + frame.label(origin, f"degraded{away}", "soft")
 
@@ -275,8 +286,8 @@ def _ticks(axis: Axis, x: float) -> Iterator[str]:
         yield f'<text x="{x}" y="{_AXIS_TOP - 10}">{max(values):.3g}</text>'
 
 
-def _around(at: Point) -> Box:
-    return at[0] - 7, at[1] - 7, at[0] + 7, at[1] + 7
+def _around(at: Point, reach: float) -> Box:
+    return at[0] - reach, at[1] - reach, at[0] + reach, at[1] + reach
 
 
 def _box(x: float, y: float, wide: float, anchor: str) -> Box:

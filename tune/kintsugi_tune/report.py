@@ -16,7 +16,7 @@ from kintsugi_tune.charts import correlation_chart, curve_charts, followed, hype
 from kintsugi_tune.front import chosen, hypervolume_after, pareto_front, reference
 from kintsugi_tune.influence import ENOUGH
 from kintsugi_tune.looked import SIDE, Looked, look
-from kintsugi_tune.plots import STATES, front_plot, mark_shape, origin_shape, parallel_plot, ramp
+from kintsugi_tune.plots import STATES, front_plot, mark_shape, origin_shape, out_of_sight, parallel_plot, ramp
 from kintsugi_tune.record import METRICS, SearchRecord, TrialRecord
 from kintsugi_tune.values import UNITS, trial_told, values_told
 
@@ -124,7 +124,9 @@ def _front(record: SearchRecord, colours: Colours, links: Links) -> Iterator[str
     keys = (
         f'<span><svg viewBox="-12 -12 24 24" class="point">{shape}</svg>{told}</span>' for shape, told in kinds.items()
     )
-    yield f'<div class="key">{"".join(keys)}<span>faint at the edge: lies beyond it</span></div>'
+    yield f'<div class="key">{"".join(keys)}</div>'
+    if count := out_of_sight(record):
+        yield f'<p class="soft">Too far off to be shown: the last figures of {count} trials that are not complete.</p>'
     if len(record.objectives) > 2:
         yield '<p class="soft">The front is that of all objectives; the plot shows the first two.</p>'
 
@@ -172,7 +174,8 @@ def _pictures(record: SearchRecord, looked: Looked) -> Iterator[str]:
     if not looked.strips:
         yield '<p class="soft">There is nothing to show.</p>'
         return
-    yield f"<p>The {len(looked.strips)} validation images on which {text(_first(record, looked))} gains least. Each "
+    yield f"<p>The {len(looked.strips)} validation images on which {text(_first(record, looked))} gains least: the "
+    yield "smaller of the gains in PSNR and in defect PSNR. Each "
     yield f"is shown after the intensity fit, large ones in a window of {SIDE} px around the defect at native "
     yield "resolution. Click on a strip to enlarge it.</p>"
     seen: set[int] = set()
@@ -196,7 +199,7 @@ def _progress(record: SearchRecord) -> Iterator[str]:
     if record.complete:
         yield "<h2>How the front grew</h2><p>What the front dominates above the degraded images, "
         yield f"{hypervolume_after(record)[-1]:.2f} in the end.</p>"
-        yield f'<div class="charts">{hypervolume_chart(record)}</div>'
+        yield f'<div class="charts one">{hypervolume_chart(record)}</div>'
 
 
 def _influence(record: SearchRecord) -> Iterator[str]:
@@ -248,8 +251,8 @@ def _trials(record: SearchRecord) -> Iterator[str]:
             STATES[trial.state] + (", on the front" if trial.number in front else ""),
             str(trial.epochs),
             *(_figure(trial, name) for name in names),
-            text("; ".join(values_told(trial))),
-            text(trial.reason or ""),
+            f'<div class="told">{text("; ".join(values_told(trial)))}</div>',
+            f'<div class="told short">{text(trial.reason or "")}</div>',
             text(trial.run),
         ]
         for trial in record.trials

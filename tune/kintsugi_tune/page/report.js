@@ -8,6 +8,7 @@
   const marked = [...document.querySelectorAll("[data-trial]")];
   let pointer = "mouse";
   let shown = null;
+  let picked = null;
 
   const light = (trial) => marked.forEach((each) => each.classList.toggle("lit", each.dataset.trial === trial));
 
@@ -17,21 +18,24 @@
     tip.hidden = false;
     shown = mark.dataset.trial;
     const box = tip.getBoundingClientRect();
-    const left = x + 18 + box.width < innerWidth ? x + 18 : Math.max(8, x - 18 - box.width);
-    const top = Math.min(Math.max(8, y - box.height / 2), innerHeight - box.height - 8);
-    tip.style.left = `${Math.max(8, Math.min(left, innerWidth - box.width - 8))}px`;
+    const right = x + 18 + box.width < innerWidth - 8;
+    const beside = right || x - 18 - box.width > 8;
+    const left = right ? x + 18 : beside ? x - 18 - box.width : innerWidth - box.width - 8;
+    const below = y + 18 + box.height < innerHeight - 8;
+    const top = beside ? Math.min(y - box.height / 2, innerHeight - box.height - 8) : below ? y + 18 : y - 18 - box.height;
+    tip.style.left = `${left}px`;
     tip.style.top = `${Math.max(8, top)}px`;
   };
 
   const hide = () => {
     tip.hidden = true;
     shown = null;
-    light(null);
+    light(picked);
   };
 
   const open = (mark) => {
+    picked = mark.dataset.trial;
     hide();
-    light(mark.dataset.trial);
     const figure = document.querySelector(mark.getAttribute("href"));
     const strip = figure && figure.closest(".strip");
     if (strip) strip.querySelector("input").checked = true;
@@ -39,11 +43,15 @@
 
   addEventListener("pointerdown", (event) => {
     pointer = event.pointerType;
-    if (!event.target.closest("a[data-trial]")) hide();
+    if (event.target.closest("a[data-trial]")) return;
+    if (event.target.closest("svg")) picked = null;
+    hide();
   }, true);
   addEventListener("keydown", (event) => {
     pointer = "key";
-    if (event.key === "Escape") hide();
+    if (event.key !== "Escape") return;
+    picked = null;
+    hide();
   });
   addEventListener("scroll", () => { if (pointer !== "key") { tip.hidden = true; shown = null; } }, { passive: true });
 
