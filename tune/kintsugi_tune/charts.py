@@ -115,7 +115,7 @@ def _bars(axes: Any, groups: Mapping[str, Mapping[str, float]]) -> None:
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(groups))
+    axes.figure.legend(loc="outside upper right", ncols=len(groups))
 
 
 def _labels(groups: Mapping[str, Mapping[str, float]]) -> list[str]:

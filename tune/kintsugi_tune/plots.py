@@ -34,19 +34,20 @@ class _Frame:
         """Data to px; what is out of sight comes to the edge."""
         (left, right), (low, high) = self.x, self.y
         across, up = (
-            min(0.98, max(0.02, v)) for v in ((point[0] - left) / (right - left), (point[1] - low) / (high - low))
+            min(1.0, max(0.0, v)) for v in ((point[0] - left) / (right - left), (point[1] - low) / (high - low))
         )
         return _LEFT + across * (_WIDTH - _LEFT - _RIGHT), _HEIGHT - _BOTTOM - up * (_HEIGHT - _TOP - _BOTTOM)
 
     def holds(self, point: Point) -> bool:
         return self.x[0] <= point[0] <= self.x[1] and self.y[0] <= point[1] <= self.y[1]
 
-    def label(self, point: Point, words: str, kind: str) -> str:
-        """Words beside a mark, on the first side where they cover nothing."""
-        x, y = self.place(point)
+    def label(self, at: Point, words: str, kind: str, reach: float = 7) -> str:
+        """Words beside a mark at `at` px, on the first side where they cover nothing."""
+        x, y = at
         wide = 8.0 * len(words)
-        sides = [(11, 5, "start"), (-11, 5, "end"), (0, -12, "middle"), (0, 22, "middle"), (10, -10, "start"),
-                 (10, 20, "start"), (-10, -10, "end"), (-10, 20, "end")]  # fmt: skip
+        near = reach + 4
+        beside = [(near, 5, "start"), (-near, 5, "end"), (0, -near, "middle"), (0, near + 11, "middle")]
+        sides = [*beside, (10, -10, "start"), (10, 20, "start"), (-10, -10, "end"), (-10, 20, "end")]
         boxes = [_box(x + dx, y + dy, wide, anchor) for dx, dy, anchor in sides]
         free = next((i for i, box in enumerate(boxes) if not any(_meet(box, other) for other in self.taken)), 0)
         dx, dy, anchor = sides[free]
@@ -73,13 +74,15 @@ def front_plot(record: SearchRecord, colours: Mapping[int, str], links: Mapping[
     frame.taken += [_around(frame.place(points[t.number]), 13 if t == best else 7) for t in drawn]
     parts = [*_grid(frame, record), _staircase(frame, [points[trial.number] for trial in front], record)]
     if origin:
-        parts.append(_origin_mark(frame, origin))
+        parts.append(_origin_mark(frame, origin, record))
     for trial in drawn:
         at, colour = points[trial.number], colours.get(trial.number, "")
         inside = _marks(frame, at, trial, member=trial in front, best=trial == best)
         parts.append(_link(record, trial, links, "point", colour, inside))
     named = (trial for trial in reversed(drawn) if trial.label or trial in front)
-    parts += [frame.label(points[t.number], t.label or str(t.number), "name") for t in named]
+    for trial in named:
+        at, words = frame.place(points[trial.number]), trial.label or str(trial.number)
+        parts.append(frame.label(at, words, "name", 13 if trial == best else 7))
     return _svg("front", (_WIDTH, _HEIGHT), "the trials by what they reach", parts)
 
 
@@ -220,16 +223,13 @@ def _grid(frame: _Frame, record: SearchRecord) -> Iterator[str]:
 
 def _staircase(frame: _Frame, front: Sequence[Point], record: SearchRecord) -> str:
     """The edge of what the front dominates; of one objective the best value."""
+    (left, bottom), (right, best) = frame.place((frame.x[0], frame.y[0])), frame.place((frame.x[1], front[0][1]))
+    if len(record.objectives) == 1:
+        return f'<path class="stairs" d="M{left:.1f} {best:.1f}H{right:.1f}"/>'
     if len(record.objectives) > 2:
         return ""
-    stairs = sorted(front) if len(record.objectives) == 2 else [(frame.x[1], front[0][1])]
-    left, bottom = frame.place((frame.x[0], frame.y[0]))
-    path, high = "", bottom
-    for point in stairs:
-        x, y = frame.place(point)
-        path += f"V{y:.1f}H{x:.1f}" if path else f"M{left:.1f} {y:.1f}H{x:.1f}"
-        high = y
-    path += f"V{bottom:.1f}" if high < bottom else ""
+    steps = [frame.place(point) for point in sorted(front)]
+    path = f"M{left:.1f} {steps[0][1]:.1f}" + "".join(f"V{y:.1f}H{x:.1f}" for x, y in steps) + f"V{bottom:.1f}"
     return f'<path class="under" d="{path}H{left:.1f}Z"/><path class="stairs" d="{path}"/>'
 
 
@@ -240,11 +240,15 @@ def _marks(frame: _Frame, at: Point, trial: TrialRecord, *, member: bool, best: 
     return f'<circle class="hit" cx="{x:.1f}" cy="{y:.1f}"/>{ring}{mark_shape(kind, x, y)}'
 
 
-def _origin_mark(frame: _Frame, origin: Point) -> str:
+def _origin_mark(frame: _Frame, origin: Point, record: SearchRecord) -> str:
     x, y = frame.place(origin)
+    words = "degraded"
+    if not frame.holds(origin):
+        words += ", out of sight at " + " / ".join(f"{record.origin[name]:.1f}" for name in record.objectives[:2])
+        # Off the edge, where the axes' own figures are.
+        x, y = min(max(x, _LEFT + 14), _WIDTH - _RIGHT - 14), min(max(y, _TOP + 14), _HEIGHT - _BOTTOM - 14)
     frame.taken.append(_around((x, y), 7))
-    away = "" if frame.holds(origin) else f", out of sight at {origin[0]:.1f} / {origin[1]:.1f}"
-    return origin_shape(x, y) + frame.label(origin, f"degraded{away}", "soft")
+    return origin_shape(x, y) + frame.label((x, y), words, "soft")
 
 
 def _figure_axes(record: SearchRecord, trials: Sequence[TrialRecord]) -> Iterator[Axis]:

@@ -110,8 +110,12 @@ def _front(record: SearchRecord, colours: Colours, links: Links) -> Iterator[str
     plot = front_plot(record, colours, links)
     if not plot:
         return
-    yield "<h2>Pareto front</h2><p>No complete trial is at least as good as a member in every objective and better in "
-    yield "one. Point at a mark, or tab to it, for its values; click for its pictures, or else its row below.</p>"
+    if len(record.objectives) > 1:
+        yield "<h2>Pareto front</h2><p>No complete trial is at least as good as a member in every objective and better "
+        yield "in one."
+    else:
+        yield "<h2>What each trial reached</h2><p>The line is the best of the complete trials."
+    yield "Point at a mark, or tab to it, for its values; click for its pictures, or else its row below.</p>"
     yield plot
     kinds = {
         mark_shape("member"): "on the front",
@@ -222,7 +226,8 @@ def _parallel(record: SearchRecord, links: Links) -> Iterator[str]:
     plot = parallel_plot(record, links)
     if not plot:
         return
-    yield "<h2>All values</h2><p>A line for each complete trial, thick for the front; point at one to follow it.</p>"
+    who = "complete trial, thick for the front" if record.complete else "trial so far"
+    yield f"<h2>All values</h2><p>A line for each {who}; point at one to follow it.</p>"
     steps = ", ".join(ramp(share) for share in (0, 0.5, 1))
     yield f'<div class="key"><span>score: worst <i class="ramp" style="background: linear-gradient(90deg, {steps})">'
     yield f"</i> best, by rank</span></div>{plot}"

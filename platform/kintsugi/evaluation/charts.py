@@ -93,4 +93,6 @@ def svg(draw: Draw, name: str, size: tuple[float, float] = (4.6, 3.2)) -> str:
         FigureCanvasSVG(figure).print_svg(target, metadata=nothing)
     text = target.getvalue()
     text = re.sub(r"\sxmlns(:\w+)?=\"[^\"]*\"", "", text[text.index("<svg") :])
+    # Groups are numbered alike in every chart, and nothing refers to them.
+    text = re.sub(r"<g id=\"[^\"]*\"", "<g", text)
     return re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL).replace(INK, "currentColor")
