@@ -162,6 +162,15 @@ def test_a_mark_leads_to_pictures_where_there_are_some_and_else_to_its_row(page:
     assert links[4] == "#trial-4" and links[1] == "#trial-1"
 
 
+def test_what_is_far_from_the_complete_trials_is_told_in_words_and_does_not_stretch_the_plot(
+    tmp_path: Path, config: ExperimentConfig
+) -> None:
+    found = [trial(0, 9, 9), trial(1, 9.5, 9.5), trial(2, 1, 1, state="pruned"), trial(3, 9.2, 9.2, state="pruned")]
+    page = write_report(search(config, found), MemoryStore(), tmp_path / "r.html").read_text()
+    assert points(page).keys() == {0, 1, 3}
+    assert "the last figures of trials that are not complete (1); the degraded images, at 20.00 / 15.00 dB" in page
+
+
 def test_without_a_script_each_mark_still_tells_its_values(page: str) -> None:
     titles = re.findall(r"<title>(trial [^<]*)</title>", page)
     told = next(title for title in titles if title.startswith("trial 3,"))

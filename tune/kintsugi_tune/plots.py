@@ -44,7 +44,7 @@ class _Frame:
     def label(self, at: Point, words: str, kind: str, reach: float = 7) -> str:
         """Words beside a mark at `at` px, on the first side where they cover nothing."""
         x, y = at
-        wide = 8.0 * len(words)
+        wide = 7.6 * len(words)
         near = reach + 4
         beside = [(near, 5, "start"), (-near, 5, "end"), (0, -near, "middle"), (0, near + 11, "middle")]
         sides = [*beside, (10, -10, "start"), (10, 20, "start"), (-10, -10, "end"), (-10, 20, "end")]
@@ -67,14 +67,14 @@ def front_plot(record: SearchRecord, colours: Mapping[int, str], links: Mapping[
     if not record.complete:
         return ""
     points, origin = _points(record), _origin(record)
-    frame = _frame([points[t.number] for t in record.complete], [*points.values(), *([origin] if origin else [])])
+    frame = _seen(record, points, origin)
     front, best = pareto_front(record.trials), chosen(record)
     order = sorted(record.trials, key=lambda t: (t.state == "complete", t in front, t == best))
     drawn = [trial for trial in order if trial.number in points and frame.holds(points[trial.number])]
     frame.taken += [_around(frame.place(points[t.number]), 13 if t == best else 7) for t in drawn]
     parts = [*_grid(frame, record), _staircase(frame, [points[trial.number] for trial in front], record)]
     if origin:
-        parts.append(_origin_mark(frame, origin, record))
+        parts.append(_origin_mark(frame, origin))
     for trial in drawn:
         at, colour = points[trial.number], colours.get(trial.number, "")
         inside = _marks(frame, at, trial, member=trial in front, best=trial == best)
@@ -86,11 +86,18 @@ def front_plot(record: SearchRecord, colours: Mapping[int, str], links: Mapping[
     return _svg("front", (_WIDTH, _HEIGHT), "the trials by what they reach", parts)
 
 
-def out_of_sight(record: SearchRecord) -> int:
-    """How many trials have figures, but too far from those of the complete ones for `front_plot` to show them."""
-    points, core = _points(record), [trial.number for trial in record.complete]
-    frame = _frame([points[number] for number in core], list(points.values())) if core else None
-    return sum(not frame.holds(point) for point in points.values()) if frame else 0
+def out_of_sight(record: SearchRecord) -> list[str]:
+    """What is too far from the complete trials for `front_plot` to show it where it is, in words."""
+    points, origin = _points(record), _origin(record)
+    if not record.complete:
+        return []
+    frame = _seen(record, points, origin)
+    away = sum(not frame.holds(point) for point in points.values())
+    words = [f"the last figures of trials that are not complete ({away})"] if away else []
+    if origin and not frame.holds(origin):
+        figures = " / ".join(f"{record.origin[name]:.2f}" for name in record.objectives[:2])
+        words.append(f"the degraded images, at {figures} dB, marked at the edge")
+    return words
 
 
 def parallel_plot(record: SearchRecord, links: Mapping[int, str]) -> str:
@@ -131,6 +138,7 @@ def mark_shape(kind: str, x: float = 0, y: float = 0) -> str:
 
 
 def origin_shape(x: float = 0, y: float = 0) -> str:
+    """What the degraded images are drawn as."""
     return f'<path class="origin" d="M{x - 6:.1f} {y - 6:.1f}l12 12m0-12l-12 12"/>'
 
 
@@ -182,7 +190,11 @@ def _origin(record: SearchRecord) -> Point | None:
     values = [record.origin[name] for name in record.objectives if name in record.origin]
     if len(values) < len(record.objectives):
         return None
-    return (values[0], values[1]) if len(values) > 1 else (-0.5, values[0])
+    return (values[0], values[1]) if len(values) > 1 else (-1.0, values[0])
+
+
+def _seen(record: SearchRecord, points: Mapping[int, Point], origin: Point | None) -> _Frame:
+    return _frame([points[t.number] for t in record.complete], [*points.values(), *([origin] if origin else [])])
 
 
 def _frame(core: Sequence[Point], others: Sequence[Point]) -> _Frame:
@@ -240,15 +252,13 @@ def _marks(frame: _Frame, at: Point, trial: TrialRecord, *, member: bool, best: 
     return f'<circle class="hit" cx="{x:.1f}" cy="{y:.1f}"/>{ring}{mark_shape(kind, x, y)}'
 
 
-def _origin_mark(frame: _Frame, origin: Point, record: SearchRecord) -> str:
+def _origin_mark(frame: _Frame, origin: Point) -> str:
     x, y = frame.place(origin)
-    words = "degraded"
     if not frame.holds(origin):
-        words += ", out of sight at " + " / ".join(f"{record.origin[name]:.1f}" for name in record.objectives[:2])
         # Off the edge, where the axes' own figures are.
-        x, y = min(max(x, _LEFT + 14), _WIDTH - _RIGHT - 14), min(max(y, _TOP + 14), _HEIGHT - _BOTTOM - 14)
+        x, y = min(max(x, _LEFT + 14), _WIDTH - _RIGHT - 14), min(max(y, _TOP + 14), _HEIGHT - _BOTTOM - 16)
     frame.taken.append(_around((x, y), 7))
-    return origin_shape(x, y) + frame.label((x, y), words, "soft")
+    return origin_shape(x, y) + frame.label((x, y), "degraded", "soft")
 
 
 def _figure_axes(record: SearchRecord, trials: Sequence[TrialRecord]) -> Iterator[Axis]:
@@ -300,6 +310,7 @@ def _box(x: float, y: float, wide: float, anchor: str) -> Box:
 
 
 def _meet(one: Box, other: Box) -> bool:
+    """Whether they overlap, or the first leaves the plot."""
     apart = one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
-    outside = one[0] < 0 or one[2] > _WIDTH
+    outside = one[0] < _LEFT or one[2] > _WIDTH or one[3] > _HEIGHT - _BOTTOM
     return outside or not apart

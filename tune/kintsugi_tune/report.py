@@ -129,8 +129,8 @@ def _front(record: SearchRecord, colours: Colours, links: Links) -> Iterator[str
         f'<span><svg viewBox="-12 -12 24 24" class="point">{shape}</svg>{told}</span>' for shape, told in kinds.items()
     )
     yield f'<div class="key">{"".join(keys)}</div>'
-    if count := out_of_sight(record):
-        yield f'<p class="soft">Too far off to be shown: the last figures of {count} trials that are not complete.</p>'
+    if away := out_of_sight(record):
+        yield f'<p class="soft">Too far off to be shown in its place: {text("; ".join(away))}.</p>'
     if len(record.objectives) > 2:
         yield '<p class="soft">The front is that of all objectives; the plot shows the first two.</p>'
 
