@@ -2,7 +2,7 @@
 
 import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { text-align: right; padding: .25rem .55rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { vertical-align: bottom; white-space: normal; } th:first-child, td:first-child { text-align: left; }
 .up { color: var(--good); } .down { color: var(--bad); }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); gap: 1rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 1rem; }
 .charts svg { width: 100%; height: auto; } img { max-width: 100%; border-radius: 4px; display: block; }
 .chart { background: #fff; padding: .5rem; }
 .strip { border-top: 1px solid var(--line); padding: .8rem 0; display: block; cursor: zoom-in; }
@@ -32,6 +32,18 @@ th { vertical-align: bottom; white-space: normal; } th:first-child, td:first-chi
 .cells figure { margin: 0; } .cells img { width: 100%; } figcaption { font-size: .8em; color: var(--soft); }
 .strip input:checked ~ .cells { grid-template-columns: repeat(2, 1fr); } summary { cursor: pointer; margin: 1rem 0; }
 """
+
+
+def document(title: str, body: Iterable[str], style: str = "") -> str:
+    """A whole page; `style` comes after the common one."""
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
+        f"<title>{text(title)}</title><style>{STYLE}{style}</style></head><body><h1>{text(title)}</h1>",
+        *body,
+        "</body></html>\n",
+    ]
+    return "\n".join(parts)
 
 
 def tile(title: str, value: str, told: str) -> str:
@@ -44,6 +56,22 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{text(column)}</th>" for column in columns)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def strip(told: str, figures: Iterable[str]) -> str:
+    """Pictures side by side that a click enlarges; `told` and `figures` are HTML already."""
+    return (
+        f'<label class="strip"><input type="checkbox"><div>{told}</div>'
+        f'<div class="cells">{"".join(figures)}</div></label>'
+    )
+
+
+def captioned(caption: str, pixels: Any, attributes: str = "") -> str:
+    """A picture of an image in [0, 1] over its caption."""
+    return (
+        f'<figure{attributes}><img alt="{text(caption)}" src="{uri(png(pixels))}">'
+        f"<figcaption>{text(caption)}</figcaption></figure>"
+    )
 
 
 def text(raw: str) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 from kintsugi.evaluation.scorecard import ImageScore
 
-_INK = "#010203"
+INK = "#010203"
 """Stands for the colour of the page's text, which only the page knows."""
 _BLUE, _ORANGE, _GREY = "#3b82f6", "#f59e0b", "#8a8a8a"
 Draw = Callable[[Any], None]
@@ -23,11 +23,11 @@ def gain_chart(images: Sequence[ImageScore]) -> str:
             gains = [i.restored[name] - i.degraded[name] for i in images if name in i.restored and name in i.degraded]
             if gains:
                 axes.hist(gains, bins="auto" if len(gains) > 10 else 10, alpha=0.55, color=colour, label=label)
-        axes.axvline(0, color=_INK, linewidth=1)
+        axes.axvline(0, color=INK, linewidth=1)
         axes.set(title="Gain over the degraded image", xlabel="dB, left of 0 is worse", ylabel="images")
         axes.legend()
 
-    return _svg(draw, "gain")
+    return svg(draw, "gain")
 
 
 def pair_chart(images: Sequence[ImageScore]) -> str:
@@ -41,7 +41,7 @@ def pair_chart(images: Sequence[ImageScore]) -> str:
             axes.scatter(
                 [100 * f["background_invented"] for f in both], kept, s=12, alpha=0.6, color=colour, label=side
             )
-        axes.axhline(1, color=_INK, linewidth=0.8, linestyle="--")
+        axes.axhline(1, color=INK, linewidth=0.8, linestyle="--")
         axes.set(
             title="Kept against invented",
             xlabel="background invented, %",
@@ -50,14 +50,14 @@ def pair_chart(images: Sequence[ImageScore]) -> str:
         )
         axes.legend(loc="lower right")
 
-    return _svg(draw, "pair")
+    return svg(draw, "pair")
 
 
 def precision_recall_chart(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
     """A detector's precision over its recall, pixel by pixel, on clean, degraded and restored images."""
 
     def draw(axes: Any) -> None:
-        for name, colour in (("clean", _INK), ("degraded", _GREY), ("restored", _BLUE)):
+        for name, colour in (("clean", INK), ("degraded", _GREY), ("restored", _BLUE)):
             points = np.array(curves.get(name) or np.zeros((0, 2)))
             axes.plot(points[:, 0], points[:, 1], color=colour, label=name, linewidth=1.6)
         axes.set(
@@ -65,16 +65,21 @@ def precision_recall_chart(curves: Mapping[str, Sequence[tuple[float, float]]]) 
         )
         axes.legend()
 
-    return _svg(draw, "detector")
+    return svg(draw, "detector")
 
 
-def _svg(draw: Draw, name: str) -> str:
-    """An `<svg>` element without any reference to the outside; `name` keeps its ids apart from other charts'."""
+def svg(draw: Draw, name: str, size: tuple[float, float] = (4.6, 3.2)) -> str:
+    """An `<svg>` element without any reference to the outside.
+
+    Args:
+        name: keeps its ids apart from other charts'.
+        size: width and height in inches.
+    """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK)
+    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
     style: Any = {
         **ink, "svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 9,
         "axes.titlesize": 10, "axes.facecolor": "none", "axes.spines.top": False, "axes.spines.right": False,
@@ -82,10 +87,12 @@ def _svg(draw: Draw, name: str) -> str:
     }  # fmt: skip
     target = StringIO()
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(4.6, 3.2), layout="constrained", facecolor="none")
+        figure = Figure(figsize=size, layout="constrained", facecolor="none")
         draw(figure.subplots())
         nothing: Any = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         FigureCanvasSVG(figure).print_svg(target, metadata=nothing)
     text = target.getvalue()
     text = re.sub(r"\sxmlns(:\w+)?=\"[^\"]*\"", "", text[text.index("<svg") :])
-    return re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL).replace(_INK, "currentColor")
+    # Groups are numbered alike in every chart, and nothing refers to them.
+    text = re.sub(r"<g id=\"[^\"]*\"", "<g", text)
+    return re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL).replace(INK, "currentColor")

@@ -12,7 +12,7 @@ from kintsugi.evaluation import charts
 from kintsugi.evaluation.scorecard import Figure, ImageScore, Pictured, Scorecard, pictured, worse_gain, worst_first
 from kintsugi.evaluation.survival import draw_survival
 from kintsugi.metrics import LOWER_IS_BETTER, SMALL_DEFECT, align
-from kintsugi.page import STYLE, png, table, text, tile, uri
+from kintsugi.page import captioned, document, strip, table, text, tile, uri
 from kintsugi.pictures import overlay
 from kintsugi.restore.restorer import Restorer
 from kintsugi.storage import write_atomically
@@ -95,9 +95,6 @@ def write_report(
     shown = pictured(restorer, reader, config, worst_first(card.images)[:count], give_mask=give_mask)
     title = f"{card.model} on {card.dataset.partition('@')[0]}, {card.split} split"
     body = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
-        f"<title>{text(title)}</title><style>{STYLE}</style></head><body><h1>{text(title)}</h1>",
         *_lead(card),
         *_headline(card),
         *_groups(card),
@@ -106,9 +103,8 @@ def write_report(
         *_all_figures(card),
         *_conventions(card),
         *_images(card),
-        "</body></html>\n",
     ]
-    write_atomically(path, "\n".join(body).encode())
+    write_atomically(path, document(title, body).encode())
     return path
 
 
@@ -225,10 +221,10 @@ def _count(figures: Mapping[str, Figure]) -> int:
 
 
 def _cell(name: str, figure: Figure | None) -> str:
-    return "" if figure is None else f"{SHOWN[name](figure.restored)}<br>{_gain(name, figure)}"
+    return "" if figure is None else f"{SHOWN[name](figure.restored)}<br>{gain_cell(name, figure)}"
 
 
-def _gain(name: str, figure: Figure) -> str:
+def gain_cell(name: str, figure: Figure) -> str:
     """The gain with its interval, coloured where the interval leaves out zero."""
     better, worse = figure.gain_low > 0, figure.gain_high < 0
     if name in LOWER_IS_BETTER:
@@ -273,24 +269,17 @@ def _strips(shown: Iterable[Pictured], count: int) -> Iterator[str]:
 def _strip(picture: Pictured) -> str:
     image = picture.score
     degraded, restored = (align(each, picture.clean) for each in (picture.degraded, picture.restored))
-    difference = np.abs(restored - picture.clean)
-    difference = difference if difference.ndim == 2 else difference.mean(axis=2)
-    window, note = _window(difference, picture.mask)
+    apart = difference(restored, picture.clean)
+    shown, note = window(apart, picture.mask)
     pixels = (
         degraded,
         restored,
         picture.clean,
-        difference * AMPLIFIED,
+        apart * AMPLIFIED,
         overlay(picture.clean, picture.mask),
     )
-    cells = "".join(
-        f'<figure><img alt="{caption}" src="{uri(png(each[window]))}"><figcaption>{caption}</figcaption></figure>'
-        for each, caption in zip(pixels, _CAPTIONS, strict=True)
-    )
-    return (
-        f'<label class="strip"><input type="checkbox"><div><b>{text(image.sample_id)}</b> {_told(image)}{note}</div>'
-        f'<div class="cells">{cells}</div></label>'
-    )
+    cells = (captioned(caption, each[shown]) for each, caption in zip(pixels, _CAPTIONS, strict=True))
+    return strip(f"<b>{text(image.sample_id)}</b> {_told(image)}{note}", cells)
 
 
 def _told(image: ImageScore) -> str:
@@ -306,20 +295,27 @@ def _told(image: ImageScore) -> str:
     return f"<small>{text(' · '.join(words))}</small>"
 
 
-def _window(difference: np.ndarray, mask: np.ndarray) -> tuple[tuple[slice, slice], str]:
-    """The part of a large image to be shown, and a note that says so."""
+def difference(image: np.ndarray, clean: np.ndarray) -> np.ndarray:
+    """(H, W): the absolute difference, a colour image's as the mean of its channels."""
+    apart = np.abs(image - clean)
+    return apart if apart.ndim == 2 else apart.mean(axis=2)
+
+
+def window(apart: np.ndarray, mask: np.ndarray, side: int = _SHOWN_SIDE) -> tuple[tuple[slice, slice], str]:
+    """The part of an image larger than `side` px to be shown, and a note in HTML that says so.
+
+    It lies around the defect, or else around the largest value of `apart`, both (H, W).
+    """
     height, width = mask.shape
-    if max(height, width) <= _SHOWN_SIDE:
+    if max(height, width) <= side:
         return (slice(None), slice(None)), ""
     if mask.any():
         row, column = (int(places.mean()) for places in np.nonzero(mask))
     else:
-        row, column = (int(i) for i in np.unravel_index(int(difference.argmax()), difference.shape))
-    top, left = (
-        max(0, min(place - _SHOWN_SIDE // 2, side - _SHOWN_SIDE)) for place, side in ((row, height), (column, width))
-    )
+        row, column = (int(i) for i in np.unravel_index(int(apart.argmax()), apart.shape))
+    top, left = (max(0, min(place - side // 2, length - side)) for place, length in ((row, height), (column, width)))
     note = f" <small>· window at row {top}, column {left} of {height} x {width} px</small>"
-    return (slice(top, top + _SHOWN_SIDE), slice(left, left + _SHOWN_SIDE)), note
+    return (slice(top, top + side), slice(left, left + side)), note
 
 
 def _all_figures(card: Scorecard) -> Iterator[str]:
@@ -356,7 +352,7 @@ def _figures_table(title: str, card: Scorecard, names: Sequence[str]) -> str:
             restored = (
                 f"{show(figure.restored)} <small>{show.bounds(figure.restored_low, figure.restored_high)}</small>"
             )
-            rows.append([show.title, show(figure.degraded), restored, _gain(name, figure), str(figure.count)])
+            rows.append([show.title, show(figure.degraded), restored, gain_cell(name, figure), str(figure.count)])
     return table([title, "degraded", "restored", "gain", "images"], rows)
 
 

@@ -153,7 +153,7 @@ def planted_survival(
 def summarise(
     images: Sequence[ImageScore], *, dataset: str, dataset_digest: str, split: Split, model: str
 ) -> Scorecard:
-    overall = _figures(images)
+    overall = figures(images)
     defect = overall.get("aligned_defect_psnr")
     return Scorecard(
         dataset=dataset,
@@ -345,10 +345,11 @@ def _gain(image: ImageScore, name: str) -> float:
 def _by(images: Sequence[ImageScore], key: Callable[[ImageScore], str | None]) -> dict[str, dict[str, Figure]]:
     """Figures of each group; images without a key are in none."""
     names = sorted({name for image in images if (name := key(image)) is not None})
-    return {name: _figures([image for image in images if key(image) == name]) for name in names}
+    return {name: figures([image for image in images if key(image) == name]) for name in names}
 
 
-def _figures(images: Sequence[ImageScore]) -> dict[str, Figure]:
+def figures(images: Sequence[ImageScore]) -> dict[str, Figure]:
+    """Of each figure its means over the images that have it on both sides, with bootstrap intervals over parts."""
     names = sorted({name for image in images for name in image.restored if name in image.degraded})
     return {
         name: _figure([image for image in images if name in image.restored and name in image.degraded], name)
