@@ -26,14 +26,17 @@ from kintsugi_tune.space import load_space
 ROOT = Path(__file__).resolve().parents[2]
 SPACE = ROOT / "tune" / "spaces" / "restoration.yaml"
 SMALL: Mapping[str, Any] = {
-    "data.crop": 64, "data.batch_size": 8, "data.small_images": "mirror", "model.base": 8, "degradation.exposure": "keep",
-    "loss.perceptual.layers": [1], "train.steps_per_epoch": 40, "train.validation_images": 16, "train.workers": 1,
+    "data.crop": 32, "data.batch_size": 8, "data.small_images": "mirror", "degradation.exposure": "keep",
+    "model.base": 12, "model.stem": 2, "loss.perceptual.layers": [1],
+    "train.steps_per_epoch": 40, "train.validation_images": 8, "train.workers": 1,
     "optim.restart_epochs": 6, "search.epochs": 6, "search.workers_per_trial": 1,
 }  # fmt: skip
 """A model of a hundredth of the published one, for a few hundred steps: what a search on two cores can afford."""
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "random": {"search.screened": 0, "search.sampler": "random"},
-    "ours": {"search.screened": 9, "search.screen_epochs": 2, "search.sampler": "auto"},
+    "ours": {"search.screened": 18, "search.screen_epochs": 2, "search.sampler": "auto"},
+    "ours-noscreen": {"search.screened": 0, "search.sampler": "auto"},
+    "ours-tpe": {"search.screened": 18, "search.screen_epochs": 2, "search.sampler": "tpe"},
 }
 
 
