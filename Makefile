@@ -66,7 +66,7 @@ clean: ## Remove caches and builds; .venv and the data in .kintsugi stay
 	find platform tune serve tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): $(BIN)/uv
-	$(BIN)/uv pip install --python $(BIN)/python --require-hashes -r requirements.lock
+	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode --require-hashes -r requirements.lock
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	rm -f .venv/.installed-*
 	touch $@

@@ -99,7 +99,6 @@ def _spent(record: SearchRecord, epochs: int, seconds: float) -> Spent:
     return Spent(epochs, area, max(scores), seconds)
 
 
-
 class _Trainer:
     """Trains trials epoch by epoch, and goes on with those that were screened."""
 

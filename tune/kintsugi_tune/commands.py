@@ -9,9 +9,11 @@ import typer
 from kintsugi import cluster
 from kintsugi.commands.console import Json, Sets, note, print_json, print_table, say
 from kintsugi.commands.lookup import open_root_store
+from kintsugi.commands.models import show_verdict
 from kintsugi.commands.train import initial_weights, pin_dataset, publish_best
 from kintsugi.config import ExperimentConfig, load_config, with_values
 from kintsugi.errors import ConfigError, TrainingError
+from kintsugi.processes import free_ports
 from kintsugi.storage import ObjectStore
 
 if TYPE_CHECKING:
@@ -91,12 +93,15 @@ def dashboard(
     port: Annotated[int, typer.Option(help="On 127.0.0.1; 0 takes a free one.")] = 8080,
 ) -> None:
     """Show a search in optuna-dashboard while it runs and afterwards, until interrupted."""
-    from kintsugi_tune.dashboard import serve_dashboard
+    from optuna_dashboard import run_server
+
     from kintsugi_tune.ledger import Ledger, load_plan
 
     store = open_root_store()
     ledger = Ledger(store, load_plan(store, search), owner=False)
-    serve_dashboard(ledger.storage, port, lambda address: say(f"optuna-dashboard of {search}: {address}"))
+    port = port or free_ports(1)[0]
+    say(f"optuna-dashboard of {search}: http://127.0.0.1:{port}")
+    run_server(ledger.storage, host="127.0.0.1", port=port)
 
 
 def publish(
@@ -111,17 +116,22 @@ def publish(
     as_json: Json = False,
 ) -> None:
     """Publish a trial of a search with its scorecard on the test split; with --promote, put it into production."""
+    store = open_root_store()
+    from kintsugi.commands.promotion import promote_gated
     from kintsugi_tune.ledger import Ledger, load_plan
 
-    store = open_root_store()
     plan = load_plan(store, search)
     record = Ledger(store, plan, owner=False).record()
     picked = _best(record) if trial is None else _numbered(record, trial)
     run = _retrained(store, plan, picked) if retrain else picked.run
-    version, card = publish_best(store, name or plan.model, run)
-    note(f"published trial {picked.number} as {version.ref}, {card.score:+.2f} dB")
+    version, card = publish_best(store, name or plan.model, run, split="test")
+    note(f"published trial {picked.number} as {version.ref}, {card.score:+.2f} dB on the test split")
+    if promote is not None:
+        promote_gated(store, version, promote, tell=None if as_json else show_verdict)
     if as_json:
-        print_json({"model": version.ref, "trial": picked.number})
+        print_json({"model": version.ref, "trial": picked.number, "score": card.score, "alias": promote})
+    elif promote is not None:
+        say(f"{version.name}@{promote} is now version {version.number}")
 
 
 def print_found(record: "SearchRecord") -> None:

@@ -2,9 +2,8 @@
 
 import sys
 import time
-from collections.abc import Iterable
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console
 from rich.live import Live as RichLive
@@ -13,6 +12,7 @@ from rich.table import Table
 from kintsugi_tune.front import pareto_front
 from kintsugi_tune.ledger import Ledger
 from kintsugi_tune.record import METRICS, SearchRecord, TrialRecord
+from kintsugi_tune.values import UNITS, values_told
 
 _ROWS = 20
 _EVERY_S = 1.0
@@ -69,13 +69,13 @@ def search_table(record: SearchRecord, seconds_left: float | None) -> Table:
     ended = sum(trial.state != "running" for trial in record.trials)
     left = "" if seconds_left is None else f", {seconds_left / 60:.0f} min left"
     title = f"{record.name}: {ended} of {record.config.search.trials} trials ended{left}"
-    table = Table("", "trial", "state", "epochs", *(f"{name}, dB" for name in record.objectives), "config",
+    table = Table("", "trial", "state", "epochs", *(UNITS[name] for name in record.objectives), "config",
                   title=title, title_justify="left", box=None)  # fmt: skip
     for trial in sorted(record.trials, key=lambda t: (t.state == "running", t.number))[-_ROWS:]:
         told = trial.state if trial.label is None else f"{trial.state} ({trial.label})"
         mark = "*" if trial.number in front else ""
         figures = [_figure(trial, name) for name in record.objectives]
-        table.add_row(mark, str(trial.number), told, _epochs(trial, record), *figures, readable(trial.values))
+        table.add_row(mark, str(trial.number), told, _epochs(trial, record), *figures, readable(trial))
     return table
 
 
@@ -85,24 +85,12 @@ def ending(trial: TrialRecord, record: SearchRecord) -> str:
         return f"failed after {trial.epochs} epochs: {trial.reason}"
     figures = "  ".join(f"{name} {_figure(trial, name)} dB" for name in record.objectives)
     what = "complete" if trial.state == "complete" else "stopped"
-    return f"{what} after {trial.epochs} epochs  {figures}  {readable(trial.values)}"
+    return f"{what} after {trial.epochs} epochs  {figures}  {readable(trial)}"
 
 
-def readable(values: dict[str, Any]) -> str:
-    """Values in few letters: `weights=.25/.30/.20/.15/.10 dropout=0.15 reduction=16/16/16`."""
-    return "  ".join(f"{key.rpartition('.')[2]}={_short(value)}" for key, value in values.items())
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, dict):
-        return _joined(f"{name} {share:.2f}" for name, share in value.items() if share)
-    if isinstance(value, list):
-        return _joined(str(part) for part in value)
-    return f"{value:.2g}" if isinstance(value, float) else str(value)
-
-
-def _joined(parts: Iterable[str]) -> str:
-    return "/".join(parts)
+def readable(trial: TrialRecord) -> str:
+    """Its values on one line."""
+    return "; ".join(values_told(trial))
 
 
 def _figure(trial: TrialRecord, name: str) -> str:

@@ -96,8 +96,8 @@ class BoundSpace:
             if part.simplex is not None:
                 shares = break_stick([params[f"{key}:{i}"] for i in range(len(part.simplex) - 1)])
                 # What the simplex leaves out has no share.
-                rest = dict.fromkeys(self._own(key) or (), 0.0)
-                values[key] = {**rest, **dict(zip(part.simplex, shares, strict=True))}
+                rest = {name: 0.0 for name in self._own(key) or () if name not in part.simplex}
+                values[key] = dict(zip(part.simplex, shares, strict=True)) | rest
             elif part.each_level is not None:
                 levels = range(self.config.model.levels)
                 values[key] = [_taken(part.each_level, params[f"{key}:{i}"]) for i in levels]

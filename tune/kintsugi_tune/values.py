@@ -109,8 +109,10 @@ def _parts(value: Any) -> list[tuple[str, Value]]:
 
 
 def _named(value: Any) -> list[tuple[str, Value]]:
-    """As `_parts`, without the numbers of levels, which follow from the order."""
-    return [("" if isinstance(value, list | tuple) else name, entry) for name, entry in _parts(value)]
+    """As `_parts`, without shares of 0, and without the numbers of levels, which follow from the order."""
+    if isinstance(value, dict):
+        return [(name, entry) for name, entry in value.items() if entry != 0]
+    return [("", entry) for _, entry in _parts(value)]
 
 
 def _short(value: Value) -> str:

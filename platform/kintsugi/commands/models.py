@@ -69,7 +69,7 @@ def promote(
     if gate:
         from kintsugi.commands.promotion import promote_gated
 
-        promote_gated(store, version, alias, tell=_print_verdict if as_json else _show_verdict)
+        promote_gated(store, version, alias, tell=print_verdict if as_json else show_verdict)
     else:
         registry.promote(version.ref, alias)
         if as_json:
@@ -93,11 +93,11 @@ def _registry(store: ObjectStore) -> "Registry":
     return Registry(store)
 
 
-def _print_verdict(verdict: "Verdict") -> None:
+def print_verdict(verdict: "Verdict") -> None:
     print_json(verdict.model_dump(mode="json"))
 
 
-def _show_verdict(verdict: "Verdict") -> None:
+def show_verdict(verdict: "Verdict") -> None:
     if verdict.production is None:
         say(f"nothing to compare {verdict.candidate} with: it is the first behind this alias")
         return
