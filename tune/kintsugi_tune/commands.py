@@ -51,7 +51,8 @@ def tune(
     limits = {"trials": trials, "max_concurrent": max_concurrent, "budget_minutes": budget_minutes}
     changed = {f"search.{key}": value for key, value in limits.items() if value is not None}
     if resume is None:
-        plan = _new_plan(store, space, config, name, search, init_from, sets, changed)
+        overrides = [*(sets or ()), *(f"{key}={value}" for key, value in changed.items())]
+        plan = _new_plan(store, space, config, name, search, init_from, overrides)
     else:
         plan = _resumed_plan(store, resume, changed, (space, config, search, init_from, sets))
     done, record = _run(store, plan)
@@ -152,22 +153,23 @@ def _new_plan(
     name: str,
     search: str | None,
     init_from: str | None,
-    sets: list[str] | None,
-    changed: dict[str, Any],
+    overrides: list[str],
 ) -> "Plan":
     if space is None or config is None:
         raise ConfigError("give a search space and --config, or --resume SEARCH")
     # Ray reads its token settings when it is imported: only now are they set.
     from kintsugi.training.launch import check_perceptual
+    from kintsugi_tune.budget import check_budget
     from kintsugi_tune.ledger import Plan, check_plan, save_plan
     from kintsugi_tune.space import load_space
 
-    settings = with_values(pin_dataset(store, load_config(config, sets or ())), changed)
+    settings = pin_dataset(store, load_config(config, overrides))
     init = None if init_from is None else initial_weights(store, init_from, settings)
     search = search or f"search-{datetime.now():%Y%m%d-%H%M%S}"
     plan = Plan(search, settings, load_space(space), init, name)
     check_plan(plan, store)
     check_perceptual(settings)
+    check_budget(plan, store)
     save_plan(store, plan)
     return plan
 
