@@ -53,9 +53,11 @@ class Farm:
         self.cluster.remove_node(self.nodes.pop(), allow_graceful=False)
 
     @contextmanager
-    def driver(self, store: str, run: str, config: Path, *more: str) -> "Iterator[subprocess.Popen[bytes]]":
-        """Train `run` in a process of its own, in the background."""
-        words = [sys.executable, str(HERE / "train_driver.py"), self.cluster.address, store, run, str(config)]
+    def driver(
+        self, store: str, run: str, config: Path, *more: str, script: str = "train_driver.py"
+    ) -> "Iterator[subprocess.Popen[bytes]]":
+        """Train or search `run` in a process of its own, in the background."""
+        words = [sys.executable, str(HERE / script), self.cluster.address, store, run, str(config)]
         variables = {"KINTSUGI_TRACE": str(self.trace(run)), "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
         with (self.scratch / f"{run}.log").open("ab") as log:
             process = subprocess.Popen([*words, *more], env={**os.environ, **variables}, stdout=log, stderr=log)
