@@ -52,6 +52,10 @@ bench-train: $(STAMP) ## Measure training against torchrun and against data in m
 	$(BIN)/python tests/benchmarks/bench_train.py $(ARGS)
 	$(BIN)/python tests/benchmarks/bench_train_gpu.py
 
+.PHONY: bench-tune
+bench-tune: $(STAMP) ## Measure searches on a folder of real tiles, and kill some; ARGS="FOLDER --kills 3" shortens it
+	$(BIN)/python tests/benchmarks/bench_tune.py $(ARGS)
+
 .PHONY: chaos-train
 chaos-train: $(STAMP) ## Kill workers, nodes, drivers and writers of a training; ARGS="--kills 3 --writers 10" shortens it
 	$(BIN)/python tests/benchmarks/chaos_train.py $(ARGS)

@@ -3,6 +3,7 @@
 Every method gets the same number of epochs to spend, on the same images, with the same seeds.
 """
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ SMALL: Mapping[str, Any] = {
     "optim.restart_epochs": 6, "search.epochs": 6, "search.workers_per_trial": 1,
 }  # fmt: skip
 """A model of a hundredth of the published one, for a few hundred steps: what a search on two cores can afford."""
+NO_START = load_space(SPACE).model_copy(update={"start": {}})
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "random": {"search.screened": 0, "search.sampler": "random"},
     "ours": {"search.screened": 18, "search.screen_epochs": 2, "search.sampler": "auto"},
@@ -47,11 +49,12 @@ def base_config(store_uri: str, dataset: str, **changed: Any) -> ExperimentConfi
 
 @dataclass(frozen=True)
 class Spent:
-    """What was found when so many epochs had been spent."""
+    """What was found when so many epochs had been spent; `unknown`: the best score but for known points."""
 
     epochs: int
     hypervolume: float
     score: float
+    unknown: float
     seconds: float
 
 
@@ -62,14 +65,62 @@ class Outcome:
     record: SearchRecord
     progress: list[Spent] = field(default_factory=list)
 
+    @property
+    def recipe(self) -> float:
+        """The score of the first known point."""
+        return next(trial.best["score"] for trial in self.record.trials if trial.label is not None)
 
-def search(method: str, seed: int, store_uri: str, dataset: str, epochs: int, known: bool) -> Outcome:
-    """Search until `epochs` are spent; `known`: whether the space's known points are tried first."""
+    @property
+    def best(self) -> float:
+        return self.progress[-1].score
+
+    def until(self, score: float) -> int | None:
+        """Epochs spent when a trial other than the known points had `score`."""
+        for spent in self.progress:
+            if spent.unknown >= score:
+                return spent.epochs
+        return None
+
+
+@dataclass(frozen=True)
+class Halved:
+    """What successive halving makes of trials whose whole curves are known."""
+
+    trials: int
+    epochs: int
+    full_epochs: int
+    winner: float
+    best_of_all: float
+
+
+def halved(record: SearchRecord) -> Halved:
+    """Replay complete trials, in their order, through screening at their full budget."""
+    complete = record.complete
+    search = record.config.search
+    again = {"search.screened": len(complete), "search.trials": len(complete), "search.screen_epochs": search.epochs}
+    stage = next(Ledger(MemoryStore(), Plan("again", with_values(record.config, again), NO_START), owner=True).stages())
+    for trial in complete:
+        proposal = stage.next()
+        assert proposal is not None
+        for metrics in trial.curve:
+            if stage.observe(proposal.number, metrics):
+                stage.stopped(proposal.number)
+                break
+        else:
+            stage.complete(proposal.number, trial.best)
+    study = stage.study.get_trials(deepcopy=False)
+    kept = [known.best["score"] for known, t in zip(complete, study, strict=True) if t.state.name == "COMPLETE"]
+    spent = sum(max(t.intermediate_values) for t in study)
+    full = sum(trial.epochs for trial in complete)
+    return Halved(len(complete), spent, full, max(kept), max(trial.best["score"] for trial in complete))
+
+
+def search(method: str, seed: int, store_uri: str, dataset: str, epochs: int) -> Outcome:
+    """Search until `epochs` are spent."""
     torch.set_num_threads(1)
     limits = {"search.trials": 1000, "train.seed": seed, **METHODS[method]}
     config = base_config(store_uri, dataset, **limits)
-    space = load_space(SPACE)
-    plan = Plan(f"{method}-{seed}", config, space if known else space.model_copy(update={"start": {}}))
+    plan = Plan(f"{method}-{seed}", config, load_space(SPACE))
     store = open_store(store_uri)
     trainer = _Trainer(plan, open_split(store, dataset, "train"), open_split(store, dataset, "val"))
     ledger = Ledger(MemoryStore(), plan, owner=True)
@@ -95,8 +146,9 @@ def _one(stage: Stage, proposal: Proposal, trainer: "_Trainer") -> None:
 def _spent(record: SearchRecord, epochs: int, seconds: float) -> Spent:
     points = [[trial.point[name] for name in record.objectives] for trial in pareto_front(record.trials)]
     area = hypervolume(points, [record.origin[name] for name in record.objectives]) if points else 0.0
-    scores = [trial.best["score"] for trial in record.trials if trial.curve]
-    return Spent(epochs, area, max(scores), seconds)
+    scores = {trial.number: trial.best["score"] for trial in record.trials if trial.curve}
+    unknown = [scores[trial.number] for trial in record.trials if trial.curve and trial.label is None]
+    return Spent(epochs, area, max(scores.values()), max(unknown, default=-math.inf), seconds)
 
 
 class _Trainer:
