@@ -27,23 +27,22 @@ from kintsugi_tune.space import load_space
 ROOT = Path(__file__).resolve().parents[2]
 SPACE = ROOT / "tune" / "spaces" / "restoration.yaml"
 SMALL: Mapping[str, Any] = {
-    "data.crop": 32, "data.batch_size": 8, "data.small_images": "mirror", "degradation.exposure": "keep",
-    "model.base": 12, "model.stem": 2, "loss.perceptual.layers": [1],
-    "train.steps_per_epoch": 40, "train.validation_images": 8, "train.workers": 1,
+    "data.crop": 48, "data.batch_size": 8, "data.small_images": "mirror", "data.mask_dropout": 0.0, "data.planted": 0.0,
+    "model.base": 12, "model.mask": "none", "model.error": False, "loss.mask": 0.0, "loss.error": 0.0,
+    "loss.invention": 0.0, "loss.perceptual": {"network": "vgg11", "layers": [1], "weights": "random"}, "optim.ema": 0.0,
+    "train.steps_per_epoch": 40, "train.validation_images": 10, "train.curriculum": [], "train.workers": 1,
     "optim.restart_epochs": 6, "search.epochs": 6, "search.workers_per_trial": 1,
 }  # fmt: skip
-"""A model of a hundredth of the published one, for a few hundred steps: what a search on two cores can afford."""
+"""light.yaml with a tenth of its weights, for a few hundred steps: what a search on two cores can afford."""
 NO_START = load_space(SPACE).model_copy(update={"start": {}})
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "random": {"search.screened": 0, "search.sampler": "random"},
     "ours": {"search.screened": 18, "search.screen_epochs": 2, "search.sampler": "auto"},
-    "ours-noscreen": {"search.screened": 0, "search.sampler": "auto"},
-    "ours-tpe": {"search.screened": 18, "search.screen_epochs": 2, "search.sampler": "tpe"},
 }
 
 
 def base_config(store_uri: str, dataset: str, **changed: Any) -> ExperimentConfig:
-    config = load_config(ROOT / "platform" / "configs" / "demo.yaml")
+    config = load_config(ROOT / "platform" / "configs" / "light.yaml")
     return with_values(config, {**SMALL, "data.dataset": dataset, **changed})
 
 
