@@ -258,12 +258,13 @@ class Stage:
         trial, epoch = self._running[number], int(metrics["epoch"])
         key = f"{_EPOCH}{epoch}"
         if key in trial.user_attrs:
-            return False
+            return bool(trial.user_attrs.get("stop", False))  # a search that was killed may not have heard it
         trial.set_user_attr(key, dict(metrics))
         stop = False
         if self.name == "screen":
             trial.report(metrics["score"], epoch)
             stop = not self._is_reference(trial) and epoch < self.epochs and trial.should_prune()
+            trial.set_user_attr("stop", stop)
         self._ledger.flush()
         return stop
 
