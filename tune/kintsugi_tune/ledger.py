@@ -10,6 +10,7 @@ on as if it had not been.
 """
 
 import json
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -269,12 +270,17 @@ class Stage:
         return stop
 
     def complete(self, number: int, best: Mapping[str, float]) -> None:
-        """Note the end of a trial; `best` are the metrics of its best checkpoint."""
+        """Note the end of a trial; `best` are the metrics of its best checkpoint. Without numbers it has failed."""
         self.observe(number, best)
         search = self._ledger.plan.config.search
-        names = ["score"] if self.name == "screen" else search.objectives
+        names = [METRICS[name] for name in (["score"] if self.name == "screen" else search.objectives)]
+        values = [best.get(name, math.nan) for name in names]
+        if not all(map(math.isfinite, values)):
+            told = ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
+            self.fail(number, f"its best checkpoint cannot be compared: {told}")
+            return
         self._running[number].set_user_attr("best", dict(best))
-        self._end(number, TrialState.COMPLETE, [best[METRICS[name]] for name in names])
+        self._end(number, TrialState.COMPLETE, values)
 
     def stopped(self, number: int) -> None:
         """Note that a trial was stopped early: it never counts as complete."""
