@@ -115,9 +115,9 @@ def check_plan(plan: Plan, store: ObjectStore) -> None:
             trial, or objectives that the validation images do not have.
     """
     BoundSpace(plan.space, plan.config).check()
-    for name in plan.space.start:
-        trial_config(plan, {}, plan.config.search.epochs)
-        trial_config(plan, plan.space.start[name], plan.config.search.epochs)
+    trial_config(plan, {}, plan.config.search.epochs)
+    for point in plan.space.start.values():
+        trial_config(plan, point, plan.config.search.epochs)
     shaping = [key for key in plan.space.parameters if key.startswith("model.") and key != "model.dropout"]
     if plan.init and shaping:
         raise ConfigError(
