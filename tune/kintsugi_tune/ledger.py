@@ -194,13 +194,14 @@ class Ledger:
         return stage
 
     def _fill(self, stage: "Stage") -> None:
-        """Put the known points into the queue, or the survivors of screening."""
-        if stage.name == "full" and self.plan.config.search.screened:
+        """Put the survivors of screening into the queue, and the known points that were not screened."""
+        search = self.plan.config.search
+        first, end = (0, search.screened) if stage.name == "screen" else (search.screened, search.trials)
+        if stage.name == "full" and search.screened:
             for trial in survivors(self.record()):
                 attributes = {"number": trial.number, "label": trial.label, "run": trial.run, "survivor": True}
                 stage.enqueue(trial.params, attributes)
-            return
-        for label, point in list(self.plan.space.start.items())[: stage.wanted]:
+        for label, point in list(self.plan.space.start.items())[first:end]:
             stage.enqueue(self.space.params(point), {"label": label})
 
     def flush(self) -> None:
