@@ -183,6 +183,7 @@ class Ledger:
             study_name=name,
             storage=self.storage,
             directions=[StudyDirection.MAXIMIZE] * objectives,
+            sampler=RandomSampler(0),  # each proposal has its own; Optuna's for two objectives would write to the study
             pruner=pruner if name == "screen" else optuna.pruners.NopPruner(),
             load_if_exists=True,
         )
