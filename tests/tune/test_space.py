@@ -255,7 +255,7 @@ def test_sampled_points_are_accepted_only_where_every_constraint_holds() -> None
         if allowed:
             space.accepted(values)
         else:
-            with pytest.raises(ConfigError, match="the constraint .* does not hold"):
+            with pytest.raises(ConfigError, match=r"the constraint .* does not hold"):
                 space.accepted(values)
     assert set(outcomes) == {True, False}
 
