@@ -140,8 +140,8 @@ def test_a_runs_best_and_newest_metrics_are_read_without_its_weights() -> None:
 
 def test_metrics_within_an_epoch_are_newer_than_its_start_and_never_the_best() -> None:
     store = MemoryStore()
-    told(store, "r/checkpoint_a", {"epoch": 1, "score": -1.0})
-    told(store, "r/checkpoint_b", {"epoch": 1, "step": 4})
+    told(store, "r/checkpoint_b", {"epoch": 1, "score": -1.0})
+    told(store, "r/checkpoint_a", {"epoch": 1, "step": 4})
     assert best_metrics(store, "r") == {"epoch": 1, "score": -1.0}
     assert newest_metrics(store, "r") == {"epoch": 1, "step": 4}
 

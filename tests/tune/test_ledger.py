@@ -84,7 +84,9 @@ def test_known_points_come_first_and_have_their_labels(plan_of: Plans, trainings
 def test_every_known_point_is_tried_however_few_are_screened(
     plan_of: Plans, trainings: Trainings, screened: int
 ) -> None:
-    record = trainings().search(own(MemoryStore(), plan_of(trials=3, screened=screened)))
+    ledger = own(MemoryStore(), plan_of(trials=3, screened=screened))
+    record = trainings().search(ledger)
+    assert all(t.state is not TrialState.WAITING for stage in ledger.stages() for t in stage.study.get_trials())
     assert [trial.label for trial in record.trials] == ["recipe", "small", None]
     assert [trial.state for trial in record.trials] == ["complete"] * 3
 
@@ -112,9 +114,27 @@ def test_no_screened_trial_is_stopped_before_its_grace_is_over(plan_of: Plans) -
     assert stage.observe(second.number, {"epoch": 2, "score": 0.0})
 
 
+def test_who_came_to_the_end_of_screening_is_not_stopped_there(plan_of: Plans) -> None:
+    """The last epoch may be a rung, too: with a factor of 3 they lie at epochs 1 and 3."""
+    stage = stages_by_name(MemoryStore(), plan_of(reduction_factor=3, start={}))["screen"]
+    for proposal, last in zip(proposals(stage)[:2], (2.0, 1.0), strict=True):
+        told = [{"epoch": epoch, "score": score} for epoch, score in enumerate((1.0, 1.0, last), start=1)]
+        assert [stage.observe(proposal.number, metrics) for metrics in told] == [False] * 3
+
+
+def test_screening_is_by_chance_whatever_the_sampler(plan_of: Plans, trainings: Trainings) -> None:
+    one, two = (
+        trainings().search(own(MemoryStore(), plan_of(trials=12, screened=12, start={}, sampler=sampler)))
+        for sampler in ("random", "tpe")
+    )
+    assert [trial.values for trial in one.trials] == [trial.values for trial in two.trials]
+
+
 def test_the_first_known_point_is_never_stopped_and_gets_the_full_budget(plan_of: Plans, trainings: Trainings) -> None:
     worst = {"model.dropout": 0.0, "model.base": 8, "model.skips": "off"}
-    record = trainings().search(own(MemoryStore(), plan_of(start={"worst": worst}, trials=8, screened=8)))
+    record = trainings().search(
+        own(MemoryStore(), plan_of(start={"worst": worst}, trials=8, screened=8, reduction_factor=8))
+    )
     scores = [trial.best["score"] for trial in record.trials]
     assert min(scores) == scores[0]
     assert (record.trials[0].state, record.trials[0].epochs) == ("complete", 5)
@@ -143,6 +163,7 @@ def test_survivors_are_the_best_screened_trials_and_keep_number_and_run(plan_of:
     chosen = survivors(screening)
     assert chosen[:2] == best and [t.number for t in chosen[2:]] == [0] * (0 not in {t.number for t in best})
     full = next(stages)
+    assert ledger.record() == screening
     again = [full.next() for _ in chosen]
     assert [(p.number, p.run, p.values, p.epochs) for p in again if p] == [
         (trial.number, trial.run, trial.values, 5) for trial in chosen
@@ -229,6 +250,17 @@ def test_a_failed_trial_is_recorded_with_its_reason_and_never_ends_the_search(
     assert not {trial.number for trial in failed} & {trial.number for trial in pareto_front(record.trials)}
 
 
+def test_a_trial_that_fails_at_the_end_of_screening_does_not_survive(plan_of: Plans, figures: Figures) -> None:
+    ledger = own(MemoryStore(), plan_of(start={}))
+    stage = next(ledger.stages())
+    for proposal in proposals(stage)[:2]:
+        for epoch in (1, 2, 3):
+            stage.observe(proposal.number, figures(proposal.values, epoch))
+    stage.fail(0, "lost")
+    stage.complete(1, figures(proposal.values, 3))
+    assert [trial.number for trial in survivors(ledger.record())] == [1]
+
+
 def test_a_search_whose_trials_all_fail_comes_to_its_end(plan_of: Plans, trainings: Trainings) -> None:
     record = trainings(lambda values, epoch: "no space left").search(own(MemoryStore(), plan_of()))
     assert [(trial.state, trial.epochs) for trial in record.trials] == [("failed", 0)] * 6
@@ -256,6 +288,7 @@ def test_a_search_can_be_read_while_it_runs(plan_of: Plans, trainings: Trainings
     ledger = Ledger(store, plan, owner=True)
     for stage in ledger.stages():
         for proposal in proposals(stage)[:1]:
+            assert reader.record() == ledger.record()
             while not runs.step(stage, proposal):
                 assert reader.record() == ledger.record() == Ledger(store, plan, owner=False).record()
     with pytest.raises(TrainingError, match="reading only"):

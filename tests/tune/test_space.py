@@ -18,7 +18,7 @@ EVERYTHING = {
     "model.skips": {"each_level": ["off", "concat", "gated"]},
     "model.base": {"choice": [8, 16, 64]},
     "model.attention": {"choice": ["channel", "none"]},
-    "model.bias": {"choice": [True, False]},
+    "model.bias": {"choice": [False, True]},
     "optim.learning_rate": {"loguniform": [1e-4, 5e-3]},
 }
 
@@ -139,7 +139,7 @@ def test_ascending_numbers_are_ranks_and_other_choices_are_categories() -> None:
     assert kinds["model.base"] == IntDistribution(0, 2)
     assert kinds["model.reduction:3"] == IntDistribution(0, 2)
     assert kinds["model.skips:0"] == CategoricalDistribution(("off", "concat", "gated"))
-    assert kinds["model.bias"] == CategoricalDistribution((True, False))
+    assert kinds["model.bias"] == CategoricalDistribution((False, True))
     assert kinds["model.stem"] == CategoricalDistribution((4, 2))
     assert kinds["optim.learning_rate"] == FloatDistribution(1e-4, 5e-3, log=True)
     assert kinds["model.dropout"] == FloatDistribution(0.0, 0.3)
@@ -238,6 +238,9 @@ def test_a_config_that_no_point_of_the_space_has_is_refused_as_a_known_point() -
     """A known point that leaves a key out takes the config's own value, which may lie elsewhere."""
     space = bound({"model.base": {"choice": [8, 16]}}, start={"own": {}})
     with pytest.raises(ConfigError, match=r"start\.own: model\.base: 64 is not in the space"):
+        space.check()
+    space = bound({"loss.weights": {"simplex": ["ssim", "edge"]}}, start={"own": {}})
+    with pytest.raises(ConfigError, match=r"start\.own: loss\.weights: .* is not in the space"):
         space.check()
 
 
