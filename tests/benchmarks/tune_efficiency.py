@@ -29,7 +29,8 @@ SPACE = ROOT / "tune" / "spaces" / "restoration.yaml"
 SMALL: Mapping[str, Any] = {
     "data.crop": 48, "data.batch_size": 8, "data.small_images": "mirror", "data.mask_dropout": 0.0, "data.planted": 0.0,
     "model.base": 12, "model.mask": "none", "model.error": False, "loss.mask": 0.0, "loss.error": 0.0,
-    "loss.invention": 0.0, "loss.perceptual": {"network": "vgg11", "layers": [1], "weights": "random"}, "optim.ema": 0.0,
+    "loss.invention": 0.0, "optim.ema": 0.0,
+    "loss.perceptual": {"network": "vgg11", "layers": [1], "weights": "random"},
     "train.steps_per_epoch": 40, "train.validation_images": 10, "train.curriculum": [], "train.workers": 1,
     "optim.restart_epochs": 6, "search.epochs": 6, "search.workers_per_trial": 1,
 }  # fmt: skip

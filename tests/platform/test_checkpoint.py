@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -5,12 +6,14 @@ import pytest
 import torch
 
 from kintsugi.checkpoint import (
+    best_metrics,
     delete_torn,
     fetch_best,
     fetch_newest,
     load_checkpoint,
     load_model,
     load_train_state,
+    newest_metrics,
     save_checkpoint,
 )
 from kintsugi.config import ExperimentConfig
@@ -117,3 +120,35 @@ def test_only_uploads_that_never_ended_are_deleted(tmp_path: Path, tiny_config: 
     left = {info.key for info in store.list("runs/")}
     assert "runs/s/t/checkpoint_a/manifest.json" in left and "runs/s/t/curves/events" in left
     assert "runs/s/u/checkpoint_c/x" in left and not any("checkpoint_b" in key for key in left)
+
+
+def told(store: MemoryStore, name: str, metrics: dict[str, float], *, whole: bool = True) -> None:
+    store.put(f"runs/{name}/metrics.json", json.dumps(metrics).encode())
+    if whole:
+        store.put(f"runs/{name}/manifest.json", b"{}")
+
+
+def test_a_runs_best_and_newest_metrics_are_read_without_its_weights() -> None:
+    store = MemoryStore()
+    for epoch, score in ((8, 1.0), (9, 3.0), (10, 2.0)):
+        told(store, f"r/checkpoint_{epoch}", {"epoch": epoch, "score": score})
+    told(store, "r/checkpoint_11", {"epoch": 11, "score": 9.0}, whole=False)
+    told(store, "other/checkpoint_12", {"epoch": 12, "score": 9.0})
+    assert best_metrics(store, "r") == {"epoch": 9, "score": 3.0}
+    assert newest_metrics(store, "r") == {"epoch": 10, "score": 2.0}
+
+
+def test_metrics_within_an_epoch_are_newer_than_its_start_and_never_the_best() -> None:
+    store = MemoryStore()
+    told(store, "r/checkpoint_b", {"epoch": 1, "score": -1.0})
+    told(store, "r/checkpoint_a", {"epoch": 1, "step": 4})
+    assert best_metrics(store, "r") == {"epoch": 1, "score": -1.0}
+    assert newest_metrics(store, "r") == {"epoch": 1, "step": 4}
+
+
+def test_a_run_without_a_whole_checkpoint_has_no_metrics() -> None:
+    store = MemoryStore()
+    told(store, "r/checkpoint_1", {"epoch": 1, "score": 1.0}, whole=False)
+    assert newest_metrics(store, "r") is None
+    with pytest.raises(TrainingError, match="run r has no whole checkpoint"):
+        best_metrics(store, "r")

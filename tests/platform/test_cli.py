@@ -37,6 +37,10 @@ def interrupted() -> None:
 
 def fall_over() -> None:
     raise RuntimeError("a fault of ours")
+
+def search(space: Annotated[str | None, typer.Argument()] = None, config: str = "none", wide: bool = False) -> None:
+    """Search far."""
+    print(f"search {space} from {config}" + " widely" * wide)
 '''
 TABLE: Table = {
     "greet": ("fake_commands:greet", "Say hello to someone."),
@@ -46,6 +50,9 @@ TABLE: Table = {
     "fall-over": ("fake_commands:fall_over", "Fall over."),
     "data greet": ("fake_commands:greet", "Say hello in a group."),
     "data absent": ("no_such_module:absent", "Never loaded."),
+    "search": ("fake_commands:search", "Search for something."),
+    "search greet": ("fake_commands:greet", "Say hello below a verb."),
+    "search refuse": ("fake_commands:refuse", "Refuse below a verb."),
 }
 
 
@@ -92,6 +99,69 @@ def test_the_help_of_a_command_shows_its_options(capsys: pytest.CaptureFixture[s
     assert "How often." in page
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["search", "space.yaml", "--config", "x.yaml"], "search space.yaml from x.yaml\n"),
+        (["search", "--config", "x.yaml", "space.yaml"], "search space.yaml from x.yaml\n"),
+        (["search", "--wide"], "search None from none widely\n"),
+        (["search", "--config", "greet"], "search None from greet\n"),
+        (["search", "./greet"], "search ./greet from none\n"),
+        (["search", "--", "greet"], "search greet from none\n"),
+        (["search", "greet", "Ada", "--times", "2"], "hello Ada hello Ada\n"),
+        (["search", "greet", "search"], "hello search\n"),
+    ],
+)
+def test_a_verb_with_others_below_it_runs_itself_or_one_of_them(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words, TABLE) == 0
+    assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize("words", [["search"], ["search", "-h"], ["search", "--help"]])
+def test_a_verb_with_others_below_it_shows_its_own_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words, TABLE) == 0
+    page = capsys.readouterr().out
+    assert "kintsugi search" in page and "Search far." in page and "--config" in page
+    assert main(["search", "greet", "--help"], TABLE) == 0
+    page = capsys.readouterr().out
+    assert "kintsugi search greet" in page and "How often." in page and "--config" not in page
+
+
+def test_the_help_page_lists_a_verb_with_others_below_it_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"], TABLE) == 0
+    page = capsys.readouterr().out
+    assert page.count("Search for something.") == 1 and "below a verb" not in page
+
+
+def test_a_refusal_below_a_verb_is_one_sentence_and_verbose_shows_more(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["search", "refuse"], TABLE) == 1
+    assert capsys.readouterr() == ("", "error: turn the key\n")
+    assert main(["search", "refuse", "-v"], TABLE) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_the_search_reaches_its_verb_and_what_is_below_it_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KINTSUGI_STORE", str(tmp_path))
+    assert main(["tune", str(tmp_path / "space.yaml"), "--config", "none.yaml"]) == 1
+    assert "none.yaml: cannot be read" in capsys.readouterr().err
+    assert main(["tune", "publish", "nightly"]) == 1
+    assert "holds no search nightly" in capsys.readouterr().err
+    assert main(["tune", "report"]) == 2
+    assert "kintsugi tune report" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["tune"], ["tune", "-h"], ["tune", "--help"], ["tune", "report", "--help"]])
+def test_help_of_the_search_loads_neither_torch_nor_ray_nor_optuna(words: list[str]) -> None:
+    heavy = ("torch", "ray", "cv2", "boto3", "numpy", "optuna")
+    code = f"import sys; from kintsugi.cli import main; main({words}); print([m for m in {heavy} if m in sys.modules])"
+    *page, loaded = _python(code).stdout.splitlines()
+    assert loaded == "[]" and any("Usage: kintsugi tune" in line for line in page)
+
+
 @pytest.mark.parametrize("command", ["refuse", "refuse-remotely"])
 def test_a_kintsugi_error_is_one_sentence_on_stderr_and_exit_1(
     command: str, capsys: pytest.CaptureFixture[str]
@@ -122,6 +192,11 @@ def test_a_fault_of_ours_is_not_hidden() -> None:
         (["greet"], "Missing argument"),
         (["greet", "Ada", "--times", "many"], "--times"),
         (["greet", "Ada", "--tims", "2"], "No such option"),
+        (["search", "--confg", "x"], "No such option"),
+        (["search", "--times", "2"], "No such option"),
+        (["search", "greet", "Ada", "--config", "x"], "No such option"),
+        (["search", "greet"], "Missing argument"),
+        (["search", "gret", "Ada"], "unexpected extra argument"),
     ],
 )
 def test_wrong_usage_ends_with_2_and_a_hint(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,7 +232,7 @@ def test_every_command_of_the_table_has_its_function_and_help(command: str, caps
 
 
 def test_every_group_of_the_table_is_explained() -> None:
-    assert {path.rpartition(" ")[0] for path in COMMANDS} - {""} == set(GROUPS)
+    assert {path.rpartition(" ")[0] for path in COMMANDS} - {"", *COMMANDS} == set(GROUPS)
 
 
 def test_the_installed_script_is_this_main() -> None:

@@ -125,6 +125,16 @@ def test_the_last_set_wins_and_the_file_gives_the_rest(file: Path) -> None:
         ("degradation.presets={}", "at least one preset"),
         ("degradation.presets={kla: 0}", "at least one preset"),
         ("degradation.presets={fog: 1}", "degradation.presets"),
+        ("search.objectives=[]", "objectives needs one or more different names"),
+        ("search.objectives=[psnr, psnr]", "objectives needs one or more different names"),
+        ("search.objectives=[ssim]", r"search\.objectives"),
+        ("search.screened=17", r"screened must be at most trials \(got 17 and 16\): lower it"),
+        ("search.screen_epochs=13", r"screen_epochs must be at most epochs \(got 13 and 12\): lower it"),
+        ("search.grace_epochs=5", r"grace_epochs must be at most screen_epochs \(got 5 and 4\), .*lower it, or raise"),
+        ("search.reduction_factor=1", r"search\.reduction_factor: .*greater than or equal to 2"),
+        ("search.trials=0", r"search\.trials"),
+        ("search.budget_minutes=0", r"search\.budget_minutes"),
+        ("search.sampler=grid", r"search\.sampler"),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused_with_its_remedy(file: Path, override: str, remedy: str) -> None:
@@ -185,3 +195,26 @@ def test_a_curriculum_changes_data_by_epoch_and_ends_at_the_config_itself(file: 
 @pytest.mark.parametrize("name", ["seed", "demo", "light", "best"])
 def test_every_shipped_config_is_valid(repository: Path, name: str) -> None:
     load_config(repository / f"platform/configs/{name}.yaml")
+
+
+def test_a_search_screens_half_of_its_trials_on_a_third_of_the_epochs(file: Path) -> None:
+    search = load_config(file, ["search.trials=9", "search.epochs=7"]).search
+    assert (search.screened, search.screen_epochs) == (4, 2)
+    search = load_config(file, ["search.trials=1", "search.epochs=2"]).search
+    assert (search.screened, search.screen_epochs) == (0, 1)
+
+
+def test_a_search_that_screens_nothing_has_no_budgets_of_screening_to_fit(file: Path) -> None:
+    sets = ["search.screened=0", "search.epochs=2", "search.screen_epochs=3", "search.grace_epochs=4"]
+    assert load_config(file, sets).search.screened == 0
+
+
+def test_the_ends_of_a_searchs_budgets_are_allowed(file: Path) -> None:
+    sets = [
+        "search.trials=4",
+        "search.screened=4",
+        "search.epochs=3",
+        "search.screen_epochs=3",
+        "search.grace_epochs=3",
+    ]
+    assert load_config(file, sets).search.grace_epochs == 3

@@ -24,7 +24,7 @@ def followed(record: SearchRecord) -> dict[int, tuple[TrialRecord, str]]:
     best = chosen(record)
     if best is not None and best in front[len(COLOURS) :]:
         front = [*front[: len(COLOURS) - 1], best]
-    leading = sorted((trial for trial in record.trials if trial.curve), key=lambda trial: -trial.best["score"])
+    leading = sorted((trial for trial in record.trials if trial.curve), key=lambda trial: -trial.score)
     shown = {t.number: (t, colour) for t, colour in zip(front or leading, COLOURS, strict=False)}
     if (base := reference(record)) is not None and base.curve:
         shown.setdefault(base.number, (base, INK))

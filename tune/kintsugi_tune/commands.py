@@ -205,7 +205,7 @@ def _best(record: "SearchRecord") -> "TrialRecord":
     from kintsugi_tune.front import chosen
 
     trained = [trial for trial in record.trials if trial.curve and trial.state != "failed"]
-    best = chosen(record) or max(trained, key=lambda trial: trial.best["score"], default=None)
+    best = chosen(record) or max(trained, key=lambda trial: trial.score, default=None)
     if best is None:
         reason = next((trial.reason for trial in record.trials if trial.reason), "none came to the end of an epoch")
         raise TrainingError(f"no trial of {record.name} has a model: {reason}")

@@ -20,6 +20,11 @@ _BINARY: Mapping[type[ast.AST], Callable[[Any, Any], Any]] = {
     ast.GtE: operator.ge,
 }
 _UNARY: Mapping[type[ast.AST], Callable[[Any], Any]] = {ast.Not: operator.not_, ast.USub: operator.neg}
+_KEYS = (ast.Name, ast.Attribute, ast.Subscript)
+_ALLOWED = (
+    *_KEYS, *_BINARY, *_UNARY, ast.Constant, ast.UnaryOp, ast.BinOp, ast.BoolOp, ast.Compare, ast.boolop,
+    ast.expr_context,
+)  # fmt: skip
 
 
 class Constraint:
@@ -35,7 +40,12 @@ class Constraint:
             self._body = ast.parse(text.strip(), mode="eval").body
         except SyntaxError as error:
             raise ConfigError(f"constraint '{text}': {error.msg}: write it as 'loss.weights.edge <= 0.3'") from error
-        if not isinstance(self._body, ast.Compare | ast.BoolOp | ast.UnaryOp):
+        for node in ast.walk(self._body):
+            if not isinstance(node, _ALLOWED):
+                told = f"'{ast.unparse(node)}'" if isinstance(node, ast.expr) else type(node).__name__
+                raise ConfigError(f"constraint '{text}': {told} is not allowed, only keys, numbers and + - * /")
+        negated = isinstance(self._body, ast.UnaryOp) and isinstance(self._body.op, ast.Not)
+        if not negated and not isinstance(self._body, ast.Compare | ast.BoolOp):
             raise ConfigError(f"constraint '{text}': compares nothing: write it as 'loss.weights.edge <= 0.3'")
 
     def holds(self, tree: Mapping[str, Any]) -> bool:
@@ -44,8 +54,21 @@ class Constraint:
         Raises:
             ConfigError: a key does not exist, or its value does not fit what is done with it.
         """
+        return bool(self._value(self._body, tree))
+
+    def check(self, tree: Mapping[str, Any]) -> None:
+        """Make sure that a config has every key, those too that `and` and `or` pass over.
+
+        Raises:
+            ConfigError: a key does not exist.
+        """
+        for node in ast.walk(self._body):
+            if isinstance(node, _KEYS):
+                self._value(node, tree)
+
+    def _value(self, node: ast.AST, tree: Mapping[str, Any]) -> Any:
         try:
-            return bool(_value(self._body, tree))
+            return _value(node, tree)
         except (KeyError, IndexError) as error:
             raise ConfigError(f"constraint '{self.text}': there is no setting {error}") from error
         except (TypeError, ZeroDivisionError) as error:
@@ -62,14 +85,14 @@ def _value(node: ast.AST, tree: Mapping[str, Any]) -> Any:
             return _value(node.value, tree)[node.attr]
         case ast.Subscript():
             return _value(node.value, tree)[_value(node.slice, tree)]
-        case ast.UnaryOp() if type(node.op) in _UNARY:
+        case ast.UnaryOp():
             return _UNARY[type(node.op)](_value(node.operand, tree))
-        case ast.BinOp() if type(node.op) in _BINARY:
+        case ast.BinOp():
             return _BINARY[type(node.op)](_value(node.left, tree), _value(node.right, tree))
         case ast.BoolOp():
             found = (bool(_value(part, tree)) for part in node.values)
             return all(found) if isinstance(node.op, ast.And) else any(found)
-        case ast.Compare() if all(type(op) in _BINARY for op in node.ops):
+        case ast.Compare():
             values = [_value(part, tree) for part in (node.left, *node.comparators)]
             pairs = zip(node.ops, values, values[1:], strict=False)
             return all(_BINARY[type(op)](left, right) for op, left, right in pairs)

@@ -8,8 +8,9 @@ from typing import Any
 
 from optuna.storages.journal import BaseJournalBackend
 
-from kintsugi.errors import ObjectNotFound, PreconditionFailed, TrainingError
-from kintsugi.storage import ObjectStore
+from kintsugi.errors import ObjectNotFound, PreconditionFailed, StoreUnavailable, TrainingError
+from kintsugi.retry import persist
+from kintsugi.storage import LONG, ObjectStore
 
 _READERS = 16
 
@@ -53,6 +54,11 @@ class StoreJournal(BaseJournalBackend):
         if not self._unsent:
             return
         body = json.dumps({"writer": self._writer, "logs": self._unsent}).encode()
+        persist(lambda: self._put(body), StoreUnavailable, seconds=LONG.seconds)
+        self._objects += 1
+        self._unsent = []
+
+    def _put(self, body: bytes) -> None:
         key = self._key(self._objects)
         try:
             self._store.put(key, body, if_none_match=True)
@@ -61,8 +67,6 @@ class StoreJournal(BaseJournalBackend):
                 raise TrainingError(
                     f"another process continues the search under {self._prefix}: let it, or stop it and use --resume"
                 ) from error
-        self._objects += 1
-        self._unsent = []
 
     def _load(self) -> None:
         """Read the objects that came since."""

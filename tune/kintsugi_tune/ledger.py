@@ -10,6 +10,7 @@ on as if it had not been.
 """
 
 import json
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,7 +34,9 @@ StageName = Literal["screen", "full"]
 _TPE_FROM = 201
 _STARTUP = 4
 """Complete trials before a model of them is worth more than chance."""
+_SCREENED_STARTUP = 8
 _GUIDED_DRAWS, _DRAWS = 20, 1000
+_FIXED = ("data.dataset", "train.epochs", "train.patience", "train.workers", "train.min_workers", "train.seed")
 _EPOCH = "epoch:"
 _STATES: Mapping[TrialState, State] = {
     TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed",
@@ -113,10 +116,15 @@ def check_plan(plan: Plan, store: ObjectStore) -> None:
         ConfigError: naming the key, the known point or the constraint that cannot work, weights that do not fit every
             trial, or objectives that the validation images do not have.
     """
+    fixed = [key for key in plan.space.parameters if key in _FIXED or key.startswith("search.")]
+    if fixed:
+        raise ConfigError(
+            f"the space varies {', '.join(fixed)}, which a search sets for its trials: take that out of it"
+        )
     BoundSpace(plan.space, plan.config).check()
-    for name in plan.space.start:
-        trial_config(plan, {}, plan.config.search.epochs)
-        trial_config(plan, plan.space.start[name], plan.config.search.epochs)
+    trial_config(plan, {}, plan.config.search.epochs)
+    for point in plan.space.start.values():
+        trial_config(plan, point, plan.config.search.epochs)
     shaping = [key for key in plan.space.parameters if key.startswith("model.") and key != "model.dropout"]
     if plan.init and shaping:
         raise ConfigError(
@@ -182,6 +190,7 @@ class Ledger:
             study_name=name,
             storage=self.storage,
             directions=[StudyDirection.MAXIMIZE] * objectives,
+            sampler=RandomSampler(0),  # each proposal has its own; Optuna's for two objectives would write to the study
             pruner=pruner if name == "screen" else optuna.pruners.NopPruner(),
             load_if_exists=True,
         )
@@ -193,13 +202,14 @@ class Ledger:
         return stage
 
     def _fill(self, stage: "Stage") -> None:
-        """Put the known points into the queue, or the survivors of screening."""
-        if stage.name == "full" and self.plan.config.search.screened:
+        """Put the survivors of screening into the queue, and the known points that were not screened."""
+        search = self.plan.config.search
+        first, end = (0, search.screened) if stage.name == "screen" else (search.screened, search.trials)
+        if stage.name == "full" and search.screened:
             for trial in survivors(self.record()):
                 attributes = {"number": trial.number, "label": trial.label, "run": trial.run, "survivor": True}
                 stage.enqueue(trial.params, attributes)
-            return
-        for label, point in list(self.plan.space.start.items())[: stage.wanted]:
+        for label, point in list(self.plan.space.start.items())[first:end]:
             stage.enqueue(self.space.params(point), {"label": label})
 
     def flush(self) -> None:
@@ -258,22 +268,29 @@ class Stage:
         trial, epoch = self._running[number], int(metrics["epoch"])
         key = f"{_EPOCH}{epoch}"
         if key in trial.user_attrs:
-            return False
+            return bool(trial.user_attrs.get("stop", False))  # a search that was killed may not have heard it
         trial.set_user_attr(key, dict(metrics))
         stop = False
         if self.name == "screen":
             trial.report(metrics["score"], epoch)
-            stop = not self._is_reference(trial) and epoch < self.epochs and trial.should_prune()
+            # The first known point is judged like the others, which it may stop, and goes on in any case.
+            stop = trial.should_prune() and epoch < self.epochs and not self._is_reference(trial)
+            trial.set_user_attr("stop", stop)
         self._ledger.flush()
         return stop
 
     def complete(self, number: int, best: Mapping[str, float]) -> None:
-        """Note the end of a trial; `best` are the metrics of its best checkpoint."""
+        """Note the end of a trial; `best` are the metrics of its best checkpoint. Without numbers it has failed."""
         self.observe(number, best)
         search = self._ledger.plan.config.search
-        names = ["score"] if self.name == "screen" else search.objectives
+        names = [METRICS[name] for name in (["score"] if self.name == "screen" else search.objectives)]
+        values = [best.get(name, math.nan) for name in names]
+        if not all(map(math.isfinite, values)):
+            told = ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
+            self.fail(number, f"its best checkpoint cannot be compared: {told}")
+            return
         self._running[number].set_user_attr("best", dict(best))
-        self._end(number, TrialState.COMPLETE, [best[METRICS[name]] for name in names])
+        self._end(number, TrialState.COMPLETE, values)
 
     def stopped(self, number: int) -> None:
         """Note that a trial was stopped early: it never counts as complete."""
@@ -312,8 +329,10 @@ class Stage:
     def _sampler(self, salt: int, *, guided: bool) -> BaseSampler:
         search, seed = self._ledger.plan.config.search, self._ledger.plan.config.train.seed
         seed = (1_000_003 * seed + salt + (0 if self.name == "screen" else 500_000)) & 0x7FFFFFFF
-        if not guided or self.name == "screen" or search.sampler == "random":
+        if not guided or search.sampler == "random":
             return RandomSampler(seed)
+        if self.name == "screen":  # it learns from stopped trials too, and fast
+            return TPESampler(seed=seed, n_startup_trials=_SCREENED_STARTUP, multivariate=True, constant_liar=True)
         if search.sampler == "tpe" or (search.sampler == "auto" and self.wanted >= _TPE_FROM):
             return TPESampler(seed=seed, n_startup_trials=_STARTUP, multivariate=True, constant_liar=True)
         return GPSampler(seed=seed, n_startup_trials=_STARTUP)
@@ -340,7 +359,7 @@ def survivors(record: SearchRecord) -> list[TrialRecord]:
     search = record.config.search
     screened = [trial for trial in record.trials if trial.screened]
     ended = [t for t in screened if t.state != "failed" and t.epochs >= search.screen_epochs]
-    best = sorted(ended, key=lambda trial: -trial.best["score"])[: -(-len(screened) // search.reduction_factor)]
+    best = sorted(ended, key=lambda trial: -trial.score)[: -(-len(screened) // search.reduction_factor)]
     reference = [trial for trial in ended if trial.number == 0 and trial.label and trial not in best]
     return [*best, *reference]
 

@@ -29,7 +29,7 @@ class Live:
         self._ledger, self._deadline = ledger, deadline
         self._console = console or Console(stderr=True)
         self._table = RichLive(console=self._console, auto_refresh=False) if self._console.is_terminal else None
-        self._told: set[int] = set()
+        self._told: set[tuple[int, bool]] = set()
         self._shown = 0.0
 
     def show(self) -> None:
@@ -44,9 +44,10 @@ class Live:
             self._table.update(search_table(record, self._left()), refresh=True)
 
     def _tell(self, trial: TrialRecord, record: SearchRecord) -> None:
-        if trial.number not in self._told and self._table is None:
+        end = (trial.number, trial.screened)  # what survives screening ends twice
+        if end not in self._told and self._table is None:
             sys.stderr.write(f"{record.name} trial {trial.number:3d} {ending(trial, record)}\n")
-        self._told.add(trial.number)
+        self._told.add(end)
 
     def _left(self) -> float | None:
         return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
@@ -80,11 +81,12 @@ def search_table(record: SearchRecord, seconds_left: float | None) -> Table:
 
 
 def ending(trial: TrialRecord, record: SearchRecord) -> str:
-    """What became of a trial, in one line."""
+    """What became of a trial by now, in one line."""
     if trial.state == "failed":
         return f"failed after {trial.epochs} epochs: {trial.reason}"
     figures = "  ".join(f"{name} {_figure(trial, name)} dB" for name in record.objectives)
-    what = "complete" if trial.state == "complete" else "stopped"
+    screened = trial.screened and trial.epochs >= record.config.search.screen_epochs
+    what = {"complete": "complete", "running": "under way"}.get(trial.state, "screened" if screened else "stopped")
     return f"{what} after {trial.epochs} epochs  {figures}  {readable(trial)}"
 
 

@@ -108,7 +108,7 @@ def parallel_plot(record: SearchRecord, links: Mapping[int, str]) -> str:
     trials = list(record.complete) or [trial for trial in record.trials if trial.best]
     if not trials:
         return ""
-    ranked = sorted(trials, key=lambda trial: trial.best["score"])
+    ranked = sorted(trials, key=lambda trial: trial.score)
     colours = {t.number: ramp(rank / max(1, len(ranked) - 1)) for rank, t in enumerate(ranked)}
     front = pareto_front(trials)
     columns = [*axes(record, trials), *_figure_axes(record, trials)]

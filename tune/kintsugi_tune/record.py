@@ -1,5 +1,6 @@
 """What a search found, as it stands in the store: the one thing that tables, reports and the choice of a model read."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,6 +13,10 @@ from kintsugi.config import ExperimentConfig
 State = Literal["running", "complete", "pruned", "failed"]
 METRICS: Mapping[str, str] = {"score": "score", "psnr": "val/psnr", "defect_psnr": "val/defect_psnr"}
 """Objective -> its name among the metrics of an epoch."""
+
+
+def _score(metrics: Mapping[str, float]) -> float:
+    return metrics["score"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,12 @@ class TrialRecord:
     @property
     def best(self) -> dict[str, float]:
         """Metrics of the epoch with the highest score; empty before the first."""
-        return max(self.curve, key=lambda metrics: metrics["score"], default={})
+        return max((epoch for epoch in self.curve if math.isfinite(epoch["score"])), key=_score, default={})
+
+    @property
+    def score(self) -> float:
+        """The highest, dB; -inf before the first epoch."""
+        return self.best.get("score", -math.inf)
 
 
 @dataclass(frozen=True)

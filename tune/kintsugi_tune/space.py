@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Self
 
@@ -96,8 +97,8 @@ class BoundSpace:
             if part.simplex is not None:
                 shares = break_stick([params[f"{key}:{i}"] for i in range(len(part.simplex) - 1)])
                 # What the simplex leaves out has no share.
-                rest = {name: 0.0 for name in self._own(key) or () if name not in part.simplex}
-                values[key] = dict(zip(part.simplex, shares, strict=True)) | rest
+                named = dict(zip(part.simplex, shares, strict=True))
+                values[key] = named | {name: 0.0 for name in self._no_share(key) if name not in named}
             elif part.each_level is not None:
                 levels = range(self.config.model.levels)
                 values[key] = [_taken(part.each_level, params[f"{key}:{i}"]) for i in levels]
@@ -142,21 +143,25 @@ class BoundSpace:
         Raises:
             ConfigError: naming the key, the point or the constraints that cannot work.
         """
+        for constraint in self._constraints:
+            constraint.check(self.config.model_dump(mode="json"))
         for key, part in self.space.parameters.items():
             for value in part.choice or part.each_level or part.uniform or part.loguniform or ():
                 with_values(self.config, {key: value})
             if part.simplex is not None:
                 shares = dict.fromkeys(part.simplex, 1 / len(part.simplex))
-                with_values(self.config, {key: {**dict.fromkeys(self._own(key) or (), 0.0), **shares}})
+                with_values(self.config, {key: {**self._no_share(key), **shares}})
         for name, point in self.space.start.items():
             try:
                 with_values(self.config, point)
                 self.accepted(self.values(self.params(point)))
             except ConfigError as error:
                 raise ConfigError(f"start.{name}: {error}") from error
-        if not any(self._is_accepted(seed) for seed in range(_DRAWS)):
+        refusals = list(takewhile(bool, map(self._refusal, range(_DRAWS))))
+        if len(refusals) == _DRAWS:
             raise ConfigError(
-                f"none of {_DRAWS} random points of the space is allowed: loosen {' or '.join(self.space.constraints)}"
+                f"none of {_DRAWS} random points of the space is allowed, the last because {refusals[-1]}: "
+                "loosen the constraints, or correct the parameters"
             )
 
     def random(self, seed: int) -> dict[str, Any]:
@@ -164,12 +169,12 @@ class BoundSpace:
         generator = np.random.default_rng(seed)
         return {name: _drawn(distribution, generator) for name, distribution in self.distributions.items()}
 
-    def _is_accepted(self, seed: int) -> bool:
+    def _refusal(self, seed: int) -> str | None:
         try:
             self.accepted(self.values(self.random(seed)))
-        except ConfigError:
-            return False
-        return True
+        except ConfigError as error:
+            return str(error)
+        return None
 
     def _coordinates(self, key: str, part: Distribution, value: Any) -> dict[str, Any]:
         if part.simplex is not None:
@@ -183,6 +188,10 @@ class BoundSpace:
             pairs = zip(range(levels), entries, strict=True)
             return {f"{key}:{i}": _rank(part.each_level, entry) for i, entry in pairs}
         return {key: float(value) if part.choice is None else _rank(part.choice, value)}
+
+    def _no_share(self, key: str) -> dict[str, float]:
+        own = self._own(key)
+        return dict.fromkeys(own, 0.0) if isinstance(own, dict) else {}
 
     def _own(self, key: str) -> Any:
         node: Any = self.config.model_dump(mode="json")

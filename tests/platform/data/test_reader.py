@@ -89,6 +89,17 @@ def test_bad_rows_are_left_out_and_named_the_same_on_every_machine(
     assert [BadPair(**row) for row in beside["skipped"]] == list(one.skipped)
 
 
+def test_a_reader_tells_the_defect_type_of_each_good_sample(
+    store: CountingStore, cache: Path, tmp_path: Path, picture: Picture
+) -> None:
+    kinds = [("good", "scratch", "pit")[index % 3] for index in range(200)]
+    spoiled = {index: lambda row, kind=kind: {**row, "defect_type": kind} for index, kind in enumerate(kinds)}
+    publish(store, tmp_path / "built", picture, {**spoiled, 4: cut_off})
+    reader = open_split(store, "parts", "train", cache)
+    assert reader.defect_types == kinds[:4] + kinds[5:]
+    assert reader.defect_types[70] == reader.sample(70).defect_type != "good"
+
+
 def test_more_than_one_in_a_hundred_bad_rows_is_an_error_that_names_them(
     store: CountingStore, cache: Path, tmp_path: Path, picture: Picture
 ) -> None:
