@@ -134,8 +134,10 @@ def overhead(options: argparse.Namespace) -> list[Row]:
 
 
 def killed(options: argparse.Namespace) -> list[Row]:
+    screened = max(1, options.kills // 3)
+    trials = screened + max(2, options.kills // 2)
     with tempfile.TemporaryDirectory(prefix="kintsugi-bench-") as scratch:
-        return kill_search(Path(scratch), options.kills, seed=0)
+        return kill_search(Path(scratch), options.kills, seed=0, trials=trials, screened=screened)
 
 
 PARTS: dict[str, Part] = {"efficiency": efficiency, "overhead": overhead, "kills": killed}

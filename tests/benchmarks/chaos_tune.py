@@ -42,19 +42,22 @@ def prepare(scratch: Path) -> tuple[LocalStore, ExperimentConfig]:
     return store, with_values(load_config(ROOT / "platform/configs/demo.yaml"), VALUES)
 
 
-def kill_search(scratch: Path, kills: int, seed: int) -> list[Row]:
-    """A search whose processes are killed at random moments against one that nobody touches."""
+def kill_search(scratch: Path, kills: int, seed: int, **values: Any) -> list[Row]:
+    """A search whose processes are killed at random moments against one that nobody touches.
+
+    Args:
+        values: of the search, for example `trials`.
+    """
     store, config = prepare(scratch)
     path = scratch / "search.yaml"
-    # Enough trials that every kill meets a search at work.
-    trials = max(config.search.trials, config.search.screened + -(-kills * 2 // 3))
-    path.write_text(with_values(config, {"search.trials": trials}).to_yaml())
-    with farm(scratch) as made:
-        begun = time.monotonic()
-        with _driver(made, store, "straight", path) as process:
-            finish(process, lambda: made.log("straight"))
-        seconds = time.monotonic() - begun
-        done = _run_with_kills(made, store, path, kills, random.Random(seed), seconds)
+    path.write_text(with_values(config, {f"search.{key}": value for key, value in values.items()}).to_yaml())
+    begun = time.monotonic()
+    with farm(scratch) as made, _driver(made, store, "straight", path) as process:
+        finish(process, lambda: made.log("straight"))
+    moments = _moments(kills, time.monotonic() - begun, random.Random(seed))
+    done: list[str] = []
+    while not _run_with_kills(scratch, store, path, moments, done):
+        pass
     straight, killed = (_record(store, name) for name in ("straight", "killed"))
     differ = [a.number for a, b in zip(straight.trials, killed.trials, strict=False) if _told(a) != _told(b)]
     runs = {key.key.split("/")[3] for key in store.list("runs/killed/trials/")}
@@ -78,24 +81,29 @@ def kill_search(scratch: Path, kills: int, seed: int) -> list[Row]:
     ]  # fmt: skip
 
 
-def _run_with_kills(
-    made: Farm, store: LocalStore, config: Path, kills: int, dice: random.Random, seconds: float
-) -> list[str]:
-    done: list[str] = []
-    while True:
-        with _driver(made, store, "killed", config) as process:
-            while len(done) < kills:
-                # Spread over the search as it was seen to run, since after a kill it needs a while to get going.
-                _let_run(process, dice.uniform(0.3, 1.7) * seconds / (kills + 1))
-                if process.poll() is not None:
-                    return done
-                kind = ("driver", "worker", "node")[len(done) % 3]
-                done += [kind] * _KILLS[kind](made, process)
-                if kind == "driver":
-                    break
-            else:
-                finish(process, lambda: made.log("killed"))
-                return done
+def _moments(kills: int, seconds: float, dice: random.Random) -> list[float]:
+    """How long to let the search run before each kill, so that the kills are spread over it."""
+    return [dice.uniform(0.3, 1.7) * seconds / (kills + 1) for _ in range(kills)]
+
+
+def _run_with_kills(scratch: Path, store: LocalStore, config: Path, moments: list[float], done: list[str]) -> bool:
+    """Until the search is done, or a kill took the cluster or the driver along; whether it is done."""
+    with farm(scratch) as made:
+        while True:
+            with _driver(made, store, "killed", config) as process:
+                while len(done) < len(moments):
+                    _let_run(process, moments[len(done)])
+                    if process.poll() is not None:
+                        return True
+                    kind = _KINDS[len(done) % len(_KINDS)]
+                    done += [kind] * _KILLS[kind](made, process)
+                    if kind == "head":
+                        return False
+                    if kind == "driver":
+                        break
+                else:
+                    finish(process, lambda: made.log("killed"))
+                    return True
 
 
 def _let_run(process: "Popen[bytes]", seconds: float) -> None:
@@ -129,11 +137,22 @@ def _kill_node(made: Farm, process: "Popen[bytes]") -> bool:
     return True
 
 
+def _kill_head(made: Farm, process: "Popen[bytes]") -> bool:
+    """The head and both nodes; the driver, which waits for a head that never comes, too."""
+    for node in (made.cluster.head_node, *made.nodes):
+        node.kill_all_processes(check_alive=False, allow_graceful=False)
+    process.kill()
+    process.wait()
+    return True
+
+
 _KILLS: dict[str, Callable[[Farm, "Popen[bytes]"], bool]] = {
     "driver": _kill_driver,
     "worker": _kill_worker,
     "node": _kill_node,
+    "head": _kill_head,
 }
+_KINDS = list(_KILLS)
 
 
 def _workers() -> list[psutil.Process]:

@@ -101,12 +101,13 @@ def test_who_came_to_the_end_of_screening_is_not_stopped_there(plan_of: Plans) -
         assert [stage.observe(proposal.number, metrics) for metrics in told] == [False] * 3
 
 
-def test_screening_is_by_chance_whatever_the_sampler(plan_of: Plans, trainings: Trainings) -> None:
-    one, two = (
-        trainings().search(own(MemoryStore(), plan_of(trials=12, screened=12, start={}, sampler=sampler)))
-        for sampler in ("random", "tpe")
-    )
-    assert [trial.values for trial in one.trials] == [trial.values for trial in two.trials]
+def test_screening_learns_from_what_it_stopped_unless_chance_is_asked_for(plan_of: Plans, trainings: Trainings) -> None:
+    def found(sampler: str) -> list[dict[str, Any]]:
+        record = trainings().search(own(MemoryStore(), plan_of(trials=12, screened=12, start={}, sampler=sampler)))
+        return [trial.values for trial in record.trials]
+
+    chance, learnt = found("random"), found("tpe")
+    assert chance[:8] == learnt[:8] and chance[8:] != learnt[8:]
 
 
 def test_the_first_known_point_is_never_stopped_and_gets_the_full_budget(plan_of: Plans, trainings: Trainings) -> None:
@@ -124,7 +125,7 @@ def test_a_stopped_trial_never_enters_the_front(plan_of: Plans, trainings: Train
     record = trainings().search(own(MemoryStore(), plan_of(trials=12, screened=10, reduction_factor=3)))
     stopped = [trial for trial in record.trials if trial.state == "pruned"]
     front = pareto_front(record.trials)
-    assert any(trial.epochs < 3 for trial in stopped) and any(trial.epochs == 3 for trial in stopped)
+    assert any(trial.epochs < 3 for trial in stopped)
     assert all(not trial.point for trial in stopped)
     assert front and not {trial.number for trial in front} & {trial.number for trial in stopped}
     assert {trial.number for trial in front} <= {trial.number for trial in record.complete}

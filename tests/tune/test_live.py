@@ -72,7 +72,7 @@ def test_the_table_has_a_row_for_each_trial_and_a_star_for_those_in_front(
     assert found[3][2:6] == ("pruned", "3/3", "30.00", "30.00")
     assert found[5][2:6] == ("running", "0/5", "-", "-")
     assert table.title == "s: 5 of 6 trials ended"
-    assert [str(column.header) for column in table.columns][4:6] == ["psnr, dB", "defect_psnr, dB"]
+    assert [str(column.header) for column in table.columns][4:6] == ["PSNR, dB", "defect PSNR, dB"]
 
 
 def test_the_table_tells_the_time_that_is_left(record_of: Callable[..., SearchRecord]) -> None:
@@ -88,12 +88,12 @@ def test_of_many_trials_the_table_shows_the_last_and_those_under_way_at_its_foot
 
 
 def test_values_are_written_in_few_letters() -> None:
-    assert readable(VALUES) == "weights=defect 0.25/ssim 0.75  skips=off/add  learning_rate=0.0012  base=16"
+    assert readable(trial_of(0)) == "weights: defect 0.25, ssim 0.75; skips: off, add; learning rate: 0.00123; base: 16"
 
 
 def test_the_ending_of_a_complete_trial_has_its_figures_and_values(record_of: Callable[..., SearchRecord]) -> None:
     told = ending(trial_of(0), record_of())
-    assert told == f"complete after 3 epochs  psnr 25.00 dB  defect_psnr 21.00 dB  {readable(VALUES)}"
+    assert told == f"complete after 3 epochs  psnr 25.00 dB  defect_psnr 21.00 dB  {readable(trial_of(0))}"
     assert ending(trial_of(0), record_of(objectives=["score"])).startswith("complete after 3 epochs  score 0.30 dB  ")
 
 
