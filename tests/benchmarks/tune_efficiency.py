@@ -38,7 +38,7 @@ SMALL: Mapping[str, Any] = {
 NO_START = load_space(SPACE).model_copy(update={"start": {}})
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "random": {"search.screened": 0, "search.sampler": "random"},
-    "ours": {"search.screened": 18, "search.screen_epochs": 2, "search.sampler": "auto"},
+    "ours": {"search.screened": 9, "search.screen_epochs": 2, "search.sampler": "auto"},
 }
 
 

@@ -31,8 +31,10 @@ SMALL = [
     "train.steps_per_epoch=10",
     "train.validation_images=6",
     "train.epochs=2",
-    "search.trials=2",
-    "search.epochs=1",
+    "search.trials=4",
+    "search.screened=2",
+    "search.epochs=2",
+    "search.screen_epochs=1",
 ]
 
 
@@ -146,19 +148,77 @@ def test_a_run_whose_driver_was_killed_continues_under_its_name(
     assert epochs and "1" not in epochs and epochs[-1] == "5"
 
 
-def test_a_search_publishes_its_winner_and_leaves_curves(
-    machine: Machine, store: S3Store, addresses: dict[str, str], trained: dict[str, Any]
-) -> None:
-    sets = [part for value in SMALL for part in ("--set", value)]
+@pytest.fixture(scope="module")
+def searched(machine: Machine, trained: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Four trials at once, each a worker that wants one of two CPUs, and one whose loss does not stay finite."""
+    space = {
+        "parameters": {"model.dropout": {"uniform": [0.0, 0.3]}, "optim.learning_rate": {"choice": [0.002, 1e30]}},
+        "constraints": ["optim.learning_rate < 1 or model.dropout == 0.25"],
+        "start": {
+            "usual": {"model.dropout": 0.0, "optim.learning_rate": 0.002},
+            "broken": {"model.dropout": 0.25, "optim.learning_rate": 1e30},
+        },
+    }
+    path = tmp_path_factory.mktemp("space") / "space.yaml"
+    path.write_text(yaml.safe_dump(space, sort_keys=False))
+    sets = [part for value in (*SMALL, "train.cpus_per_worker=1") for part in ("--set", value)]
     options = ("--config", "platform/configs/demo.yaml", "--name", "unet", "--search", "found", *sets)
-    result = machine.ask("tune", "tune/spaces/restoration.yaml", *options)
-    assert len(result["trials"]) == 2 and all(trial["score"] is not None for trial in result["trials"])
-    assert result["model"] in [version["ref"] for version in machine.ask("models", "list")]
-    runs = [trial["run"] for trial in result["trials"]]
+    return machine.ask("tune", str(path), *options, "--max-concurrent", "4")
+
+
+def test_a_search_of_more_trials_than_cpus_ends_and_publishes_its_best(
+    machine: Machine, searched: dict[str, Any]
+) -> None:
+    states = {trial["number"]: trial["state"] for trial in searched["trials"]}
+    assert searched["done"] and states[0] == "complete" and states[1] == "failed"
+    assert [states[number] for number in (2, 3)] == ["complete", "complete"]
+    assert "finite" in searched["trials"][1]["reason"]
+    assert searched["model"] in [version["ref"] for version in machine.ask("models", "list")]
+
+
+def test_tensorboard_shows_the_trials_of_a_search(addresses: dict[str, str], searched: dict[str, Any]) -> None:
+    runs = [trial["run"] for trial in searched["trials"] if trial["state"] == "complete"]
     deadline = time.monotonic() + 60
     while not all(any(run in shown for shown in _tensorboard_runs(addresses)) for run in runs):
         assert time.monotonic() < deadline, "TensorBoard does not show the trials"
         time.sleep(0.5)  # polls TensorBoard
+
+
+def test_a_search_that_is_done_is_resumed_only_for_more_trials(machine: Machine, searched: dict[str, Any]) -> None:
+    again = machine.ask("tune", "--resume", "found", "--trials", "5")
+    assert again["trials"][:4] == searched["trials"] and again["trials"][4]["state"] == "complete"
+    refused = machine.start("tune", "tune/spaces/restoration.yaml", "--resume", "found")
+    assert "--resume takes the space and the config from the search" in refused.communicate()[1]
+
+
+def test_the_best_of_a_search_goes_into_production_through_the_gate_and_is_reported(
+    machine: Machine, searched: dict[str, Any], tmp_path: Path
+) -> None:
+    published = machine.ask("tune", "publish", "found", "--promote", "searched")
+    aliases = machine.ask("models", "show", published["model"])["aliases"]
+    assert [move["version"] for move in aliases["searched"]] == [int(published["model"].rpartition("@")[2])]
+    machine.run("tune", "report", "found", "--output", str(tmp_path / "found.html"), "--images", "2")
+    page = (tmp_path / "found.html").read_text()
+    assert "Pareto front" in page and "not finite" not in page and "no longer finite" in page
+
+
+def test_optuna_dashboard_shows_both_studies_of_a_search(machine: Machine, searched: dict[str, Any]) -> None:
+    process = machine.start("tune", "dashboard", "found", "--port", "0")
+    try:
+        assert process.stdout is not None
+        address = process.stdout.readline().split()[-1]
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                studies = httpx.get(f"{address}/api/studies", timeout=30).json()
+                break
+            except httpx.ConnectError:
+                assert process.poll() is None and time.monotonic() < deadline, "optuna-dashboard does not answer"
+                time.sleep(0.2)  # polls the dashboard
+    finally:
+        process.terminate()
+        process.communicate()
+    assert sorted(study["study_name"] for study in studies["study_summaries"]) == ["full", "screen"]
 
 
 def _tensorboard_runs(addresses: dict[str, str]) -> list[str]:
