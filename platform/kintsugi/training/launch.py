@@ -39,6 +39,7 @@ from kintsugi.training.provenance import source_commit, versions
 from kintsugi.training.state import TrainState, build_state
 
 _log = logging.getLogger(__name__)
+_GIVEN_UP = "given-up.txt"
 _NO_SCORE = -1e9
 """Of a checkpoint within an epoch. Ray keeps the best, warns where there is none, and reads infinity back as None."""
 
@@ -93,11 +94,15 @@ def launch_training(
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
+    store, given_up = open_store(store_uri, LONG), f"runs/{run}/{_GIVEN_UP}"
+    store.delete(given_up)
     try:
         with live or contextlib.nullcontext():
             trainer.fit()
     except Exception as error:  # Ray wraps whatever a worker raised in errors of its own
         raise _told(error, run) from error
+    if store.exists(given_up):
+        raise TrainingError(store.get(given_up).decode())
 
 
 def _scaling(config: ExperimentConfig) -> ScalingConfig:
@@ -109,6 +114,14 @@ def _scaling(config: ExperimentConfig) -> ScalingConfig:
 
 
 def _worker_loop(payload: dict[str, Any]) -> None:
+    """Train. What training again cannot mend is left in the store for the driver: after an error Ray starts anew."""
+    try:
+        _train(payload)
+    except TrainingError as error:
+        open_store(payload["store"], LONG).put(f"runs/{payload['run']}/{_GIVEN_UP}", str(error).encode())
+
+
+def _train(payload: dict[str, Any]) -> None:
     # At INFO botocore tells where it found credentials and Ray Train every metric once more: not for the driver.
     logging.getLogger().setLevel(logging.WARNING)
     config = parse_config(payload["config"])
