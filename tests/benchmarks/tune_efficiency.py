@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import optuna
 import torch
 
 from kintsugi.config import ExperimentConfig, load_config, with_values
@@ -118,6 +119,7 @@ def halved(record: SearchRecord) -> Halved:
 def search(method: str, seed: int, store_uri: str, dataset: str, epochs: int) -> Outcome:
     """Search until `epochs` are spent."""
     torch.set_num_threads(1)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     limits = {"search.trials": 1000, "train.seed": seed, **METHODS[method]}
     config = base_config(store_uri, dataset, **limits)
     plan = Plan(f"{method}-{seed}", config, load_space(SPACE))

@@ -161,7 +161,7 @@ def searched(machine: Machine, trained: dict[str, Any], tmp_path_factory: pytest
     }
     path = tmp_path_factory.mktemp("space") / "space.yaml"
     path.write_text(yaml.safe_dump(space, sort_keys=False))
-    sets = [part for value in (*SMALL, "train.cpus_per_worker=1") for part in ("--set", value)]
+    sets = [part for value in (*SMALL, "train.workers=1", "train.cpus_per_worker=1") for part in ("--set", value)]
     options = ("--config", "platform/configs/demo.yaml", "--name", "unet", "--search", "found", *sets)
     return machine.ask("tune", str(path), *options, "--max-concurrent", "4")
 
@@ -182,6 +182,15 @@ def test_tensorboard_shows_the_trials_of_a_search(addresses: dict[str, str], sea
     while not all(any(run in shown for shown in _tensorboard_runs(addresses)) for run in runs):
         assert time.monotonic() < deadline, "TensorBoard does not show the trials"
         time.sleep(0.5)  # polls TensorBoard
+
+
+def test_the_dashboard_shows_the_trainings_of_a_search(
+    machine: Machine, addresses: dict[str, str], searched: dict[str, Any]
+) -> None:
+    token = Path(addresses["dashboard token"]).read_text().strip()
+    runs = f"{addresses['dashboard'].rstrip('/')}/api/train/v2/runs/v1"
+    shown = httpx.get(runs, headers={"Authorization": f"Bearer {token}"}, timeout=60).json()["train_runs"]
+    assert {trial["run"].rpartition("/")[2] for trial in searched["trials"]} <= {run["name"] for run in shown}
 
 
 def test_a_search_that_is_done_is_resumed_only_for_more_trials(machine: Machine, searched: dict[str, Any]) -> None:

@@ -36,6 +36,7 @@ def run_search(ledger: Ledger, store_uri: str, *, max_concurrent: int, budget_mi
     """
     # The trainings write their own curves and HParams; Tune's loggers would repeat them.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # which prints whatever `verbose` says
     logging.getLogger("optuna").setLevel(logging.WARNING)
     deadline = None if budget_minutes is None else time.monotonic() + 60 * budget_minutes
     with Live(ledger, deadline) as live:

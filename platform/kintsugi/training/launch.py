@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import platform
 import re
 import sys
@@ -78,6 +79,8 @@ def launch_training(
         "commit": source_commit(),
     }
     parent, _, name = f"runs/{run}".rpartition("/")
+    # Ray's dashboard shows trainings only where this is set when one begins.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
     live = None if callbacks or not sys.stderr.isatty() else _Live(config.train.epochs, name)
     trainer = TorchTrainer(
         _worker_loop,
