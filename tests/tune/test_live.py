@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from kintsugi.storage import MemoryStore
 from kintsugi_tune.ledger import Ledger, Plan
-from kintsugi_tune.live import Live, ending, readable, search_table
+from kintsugi_tune.live import Live, ending, readable, search_table, seconds_wanted
 from kintsugi_tune.record import SearchRecord, TrialRecord
 
 Plans = Callable[..., Plan]
@@ -79,12 +80,23 @@ def test_the_table_tells_the_time_that_is_left(record_of: Callable[..., SearchRe
     assert search_table(record_of(), 600.0).title == "s: 0 of 6 trials ended, 10 min left"
 
 
-def test_of_many_trials_the_table_shows_the_last_and_those_under_way_at_its_foot(
+def test_of_many_trials_the_table_shows_the_front_the_last_and_those_under_way_at_its_foot(
     record_of: Callable[..., SearchRecord],
 ) -> None:
-    trials = [trial_of(0, "running"), *(trial_of(number) for number in range(1, 30))]
+    others = [trial_of(number, psnr=24.0) for number in range(2, 30)]
+    trials = [trial_of(0, "running"), trial_of(1, psnr=26.0), *others]
     numbers = [row[1] for row in rows(search_table(record_of(*trials), None))]
-    assert numbers == [*map(str, range(11, 30)), "0"]
+    assert numbers == ["1", *map(str, range(12, 30)), "0"]
+
+
+def test_the_time_that_is_left_follows_from_the_epochs_so_far(record_of: Callable[..., SearchRecord]) -> None:
+    begun = datetime(2026, 1, 1, tzinfo=UTC)
+    took = {"started": begun, "ended": begun + timedelta(seconds=30)}
+    record = record_of(*(trial_of(number, **took) for number in range(2)), trials=4, screened=0, max_concurrent=2)
+    assert len(record.trials[0].curve) == 3
+    wanted = 4 * record.config.search.epochs - 6
+    assert seconds_wanted(record) == pytest.approx(wanted * 10 / 2)
+    assert seconds_wanted(record_of(trial_of(0, "running"))) is None
 
 
 def test_values_are_written_in_few_letters() -> None:

@@ -2,12 +2,13 @@
 
 import sys
 import time
+from collections.abc import Container
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.live import Live as RichLive
-from rich.table import Table
+from rich.table import Column, Table
 
 from kintsugi_tune.front import pareto_front
 from kintsugi_tune.ledger import Ledger
@@ -41,7 +42,7 @@ class Live:
             if (trial.state != "running" and not trial.screened) or trial.state in ("failed", "pruned"):
                 self._tell(trial, record)
         if self._table is not None:
-            self._table.update(search_table(record, self._left()), refresh=True)
+            self._table.update(search_table(record, self._left(record)), refresh=True)
 
     def _tell(self, trial: TrialRecord, record: SearchRecord) -> None:
         end = (trial.number, trial.screened)  # what survives screening ends twice
@@ -49,8 +50,10 @@ class Live:
             sys.stderr.write(f"{record.name} trial {trial.number:3d} {ending(trial, record)}\n")
         self._told.add(end)
 
-    def _left(self) -> float | None:
-        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+    def _left(self, record: SearchRecord) -> float | None:
+        allowed = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        wanted = seconds_wanted(record)
+        return min((left for left in (allowed, wanted) if left is not None), default=None)
 
     def __enter__(self) -> Self:
         if self._table is not None:
@@ -70,14 +73,38 @@ def search_table(record: SearchRecord, seconds_left: float | None) -> Table:
     ended = sum(trial.state != "running" for trial in record.trials)
     left = "" if seconds_left is None else f", {seconds_left / 60:.0f} min left"
     title = f"{record.name}: {ended} of {record.config.search.trials} trials ended{left}"
-    table = Table("", "trial", "state", "epochs", *(UNITS[name] for name in record.objectives), "config",
-                  title=title, title_justify="left", box=None)  # fmt: skip
-    for trial in sorted(record.trials, key=lambda t: (t.state == "running", t.number))[-_ROWS:]:
+    heads = ("", "trial", "state", "epochs", *(UNITS[name] for name in record.objectives))
+    # One line for each trial, whose config ends where the terminal does.
+    columns = (*(Column(head, no_wrap=True) for head in heads), Column("config", no_wrap=True, ratio=1))
+    table = Table(*columns, title=title, title_justify="left", box=None, expand=True)
+    for trial in _shown(record, front):
         told = trial.state if trial.label is None else f"{trial.state} ({trial.label})"
         mark = "*" if trial.number in front else ""
         figures = [_figure(trial, name) for name in record.objectives]
         table.add_row(mark, str(trial.number), told, _epochs(trial, record), *figures, readable(trial))
     return table
+
+
+def _shown(record: SearchRecord, front: Container[int]) -> list[TrialRecord]:
+    """The front, then the last to end, those under way at the foot; as many as a terminal has lines for."""
+    best = [trial for trial in record.trials if trial.number in front]
+    others = [trial for trial in record.trials if trial.number not in front]
+    latest = sorted(others, key=lambda trial: (trial.state == "running", trial.number))
+    return [*best, *latest[-max(1, _ROWS - len(best)) :]]
+
+
+def seconds_wanted(record: SearchRecord) -> float | None:
+    """What the rest will take if its epochs take as long as those so far; None before a trial has ended."""
+    search, ended = record.config.search, [t for t in record.trials if t.started and t.ended and t.epochs]
+    spent = sum((trial.ended - trial.started).total_seconds() for trial in ended if trial.started and trial.ended)
+    epochs = sum(trial.epochs for trial in ended)
+    if not epochs:
+        return None
+    survivors = -(-search.screened // search.reduction_factor)
+    full = (search.trials - search.screened) * search.epochs + survivors * (search.epochs - search.screen_epochs)
+    # Half of what screening may cost: most of its trials are stopped.
+    wanted = full + search.screened * search.screen_epochs / 2
+    return max(0.0, wanted - epochs) * spent / epochs / search.max_concurrent
 
 
 def ending(trial: TrialRecord, record: SearchRecord) -> str:
