@@ -11,8 +11,8 @@ from kornia.filters import gaussian_blur2d, spatial_gradient
 from kornia.metrics import ssim
 from torch import Tensor, nn
 
-from kintsugi.config import LossConfig
 from kintsugi.models import Prediction
+from kintsugi.sections import LossConfig
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 

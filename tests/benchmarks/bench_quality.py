@@ -22,7 +22,6 @@ from quality_rows import SETS, Maker
 from quality_tiles import Tiles
 from rows import Row, print_table, write_rows
 
-from kintsugi.config import Split
 from kintsugi.data.degradation import PRESETS
 from kintsugi.detection.detectability import Map, measure_detectability
 from kintsugi.detection.detector import defect_map
@@ -30,6 +29,7 @@ from kintsugi.detection.segmenter import Segmenter, train_detector
 from kintsugi.errors import KintsugiError
 from kintsugi.evaluation.survival import SurvivalCurve, draw_survival, measure_survival
 from kintsugi.imaging import Image
+from kintsugi.sections import Split
 from kintsugi.storage import write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from kintsugi.config import LossConfig
 from kintsugi.losses import (
     build_loss,
     charbonnier_loss,
@@ -14,6 +13,7 @@ from kintsugi.losses import (
     ssim_loss,
 )
 from kintsugi.models import Prediction
+from kintsugi.sections import LossConfig
 
 RECIPE = ("defect", "ssim", "perceptual", "edge", "basic")
 

@@ -14,7 +14,7 @@ from kintsugi import cli
 from kintsugi.checkpoint import save_checkpoint
 from kintsugi.commands.promotion import compare, promote_gated, scorecard_on
 from kintsugi.commands.train import publish_best
-from kintsugi.config import ExperimentConfig, Split, load_config, with_values
+from kintsugi.config import ExperimentConfig, load_config, with_values
 from kintsugi.data.dataset import build_dataset, open_split
 from kintsugi.errors import DataError, GateRefused, PreconditionFailed
 from kintsugi.evaluation.gate import OVERALL, Verdict
@@ -24,6 +24,7 @@ from kintsugi.manifest import make_manifest, put_folder
 from kintsugi.models import build_model
 from kintsugi.registry import ModelVersion, Registry
 from kintsugi.restore.restorer import Restorer
+from kintsugi.sections import Split
 from kintsugi.storage import LocalStore
 
 Save = Callable[..., Path]

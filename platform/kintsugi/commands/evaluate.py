@@ -7,8 +7,9 @@ import typer
 
 from kintsugi.commands.console import Json, note, print_json, print_table, say
 from kintsugi.commands.lookup import find_model, open_root_store
-from kintsugi.config import Split, load_config
+from kintsugi.config import load_config
 from kintsugi.errors import ConfigError
+from kintsugi.sections import Split
 from kintsugi.storage import write_atomically
 
 if TYPE_CHECKING:

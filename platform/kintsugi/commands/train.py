@@ -11,8 +11,9 @@ from kintsugi import cluster
 from kintsugi.commands.console import Json, Sets, note, print_json, say
 from kintsugi.commands.evaluate import print_scorecard
 from kintsugi.commands.lookup import fetch_model, open_root_store
-from kintsugi.config import ExperimentConfig, Split, load_config, with_values
+from kintsugi.config import ExperimentConfig, load_config, with_values
 from kintsugi.errors import ConfigError
+from kintsugi.sections import Split
 from kintsugi.storage import ObjectStore
 
 if TYPE_CHECKING:

@@ -21,11 +21,11 @@ from typing import IO
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from kintsugi.config import Split
 from kintsugi.data.layouts import SPLITS, BadPair
 from kintsugi.data.shards import fetch_shards
 from kintsugi.errors import BadRows, CacheFull, ConfigError, IntegrityError
 from kintsugi.manifest import Manifest
+from kintsugi.sections import Split
 from kintsugi.storage import ObjectStore, write_atomically
 
 LIMIT = "KINTSUGI_CACHE_GB"

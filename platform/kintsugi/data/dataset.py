@@ -19,7 +19,6 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from kintsugi.config import Split
 from kintsugi.data.cache import SplitSource
 from kintsugi.data.degradation import PRESETS, generator_for
 from kintsugi.data.layouts import SPLITS, BadPair, check, read_unchecked
@@ -29,6 +28,7 @@ from kintsugi.data.shards import ShardWriters, as_row
 from kintsugi.errors import DataError
 from kintsugi.manifest import MANIFEST, Manifest, make_manifest, put_folder, read_manifest
 from kintsugi.pictures import overlay, picture_grid
+from kintsugi.sections import Split
 from kintsugi.storage import ObjectStore, cache_folder, sha256
 
 ROOT = "datasets"

@@ -17,8 +17,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kintsugi.config import DegradationConfig, Preset
 from kintsugi.imaging import Image, decode, encode
+from kintsugi.sections import DegradationConfig, Preset
 
 Unit = NDArray[np.float32]
 Range = tuple[float, float]

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import get_args
 
-from kintsugi.config import Split
 from kintsugi.data.sample import GOOD, UNLABELLED, RawSample, Sample, decode_sample
 from kintsugi.errors import DataError
 from kintsugi.imaging import decode_mask
+from kintsugi.sections import Split
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 Files = dict[str, list[Path]]

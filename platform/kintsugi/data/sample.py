@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kintsugi.config import Split
 from kintsugi.errors import DataError
 from kintsugi.imaging import Image, decode, decode_mask
+from kintsugi.sections import Split
 
 GOOD = "good"
 UNLABELLED = "unlabelled"

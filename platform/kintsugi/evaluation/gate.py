@@ -6,9 +6,9 @@ from collections.abc import Callable
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
-from kintsugi.config import Split
 from kintsugi.errors import DataError
 from kintsugi.evaluation.scorecard import Scorecard, bootstrap
+from kintsugi.sections import Split
 
 OVERALL = "overall PSNR"
 WORST = "worst category's lower bound of defect PSNR"

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from kintsugi.config import ExperimentConfig, Split
+from kintsugi.config import ExperimentConfig
 from kintsugi.data.dataset import SplitReader
 from kintsugi.data.degradation import build_degradation
 from kintsugi.data.loader import evaluation_pair
@@ -23,6 +23,7 @@ from kintsugi.imaging import Image
 from kintsugi.metrics import Lpips, align, fidelity, score
 from kintsugi.pictures import overlay, picture_grid
 from kintsugi.restore.restorer import Restorer
+from kintsugi.sections import Split
 
 Mask = NDArray[np.bool_]
 

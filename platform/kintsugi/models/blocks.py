@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kintsugi.config import ModelConfig
 from kintsugi.models.attention import ChannelAttention, SpatialAttention
+from kintsugi.sections import ModelConfig
 
 
 class LayerNorm2d(nn.LayerNorm):

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kintsugi.config import ModelConfig
 from kintsugi.errors import ConfigError
 from kintsugi.models.blocks import downsample, stage
+from kintsugi.sections import ModelConfig
 
 
 class Encoder(nn.Module):

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kintsugi.config import PerceptualConfig
 from kintsugi.errors import ConfigError
+from kintsugi.sections import PerceptualConfig
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

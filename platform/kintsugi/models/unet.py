@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kintsugi.config import ModelConfig
 from kintsugi.models.attention import MaskAttention
 from kintsugi.models.blocks import Add, Concat, GatedSkip, Off, Upsample, conv3x3, stage
 from kintsugi.models.encoder import build_encoder
+from kintsugi.sections import ModelConfig
 
 
 class Prediction(NamedTuple):

@@ -7,10 +7,10 @@ from functools import cached_property, reduce
 import torch
 from torch import Tensor
 
-from kintsugi.config import ModelConfig
 from kintsugi.models import Prediction, RestorationUNet
 from kintsugi.restore.pooling import Statistics, fixed, measure, watch
 from kintsugi.restore.tiling import POSES, Ensemble, Pose, context, cores, inside, windows
+from kintsugi.sections import ModelConfig
 
 Rows = tuple[Tensor, Tensor | None]
 """(N, C, rows, W) in [0, 1] and, where it is known, the defect mask (N, 1, rows, W)."""

@@ -4,7 +4,6 @@ import sys
 import numpy as np
 import pytest
 
-from kintsugi.config import DegradationConfig
 from kintsugi.data.degradation import (
     PRESETS,
     Camera,
@@ -18,6 +17,7 @@ from kintsugi.data.degradation import (
     build_degradation,
     generator_for,
 )
+from kintsugi.sections import DegradationConfig
 
 GREY = np.full((64, 64), 0.5, np.float32)
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 import torchvision
 
-from kintsugi.config import PerceptualConfig
 from kintsugi.errors import ConfigError
 from kintsugi.models import PerceptualDistance
+from kintsugi.sections import PerceptualConfig
 
 # Seeded random weights stand in for ImageNet's, which tests do not download.
 RANDOM = {"network": "vgg11", "layers": (1, 4), "weights": "random"}

@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from kintsugi.config import ModelConfig
 from kintsugi.errors import ConfigError
 from kintsugi.models import RestorationUNet, build_model
 from kintsugi.models.encoder import load_encoder_weights
+from kintsugi.sections import ModelConfig
 
 
 def make(**options: object) -> RestorationUNet:

@@ -2,9 +2,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kintsugi.config import ExperimentConfig, ModelConfig, with_values
+from kintsugi.config import ExperimentConfig, with_values
 from kintsugi.models import Prediction, build_model
 from kintsugi.restore.inference import TiledModel, reach
+from kintsugi.sections import ModelConfig
 
 
 def tiled(config: ModelConfig, tile: int, halo: int | None = None) -> TiledModel:
