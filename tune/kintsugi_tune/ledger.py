@@ -366,7 +366,9 @@ def survivors(record: SearchRecord) -> list[TrialRecord]:
 
 def _told(number: int, parts: list[tuple[StageName, FrozenTrial]], plan: Plan) -> TrialRecord:
     name, last = parts[-1]
-    epochs = {key: metrics for _, part in parts for key, metrics in part.user_attrs.items() if key.startswith(_EPOCH)}
+    # What is told again when a trial goes on is told without its times.
+    told = [known for _, part in reversed(parts) for known in part.user_attrs.items()]
+    epochs = {key: metrics for key, metrics in told if key.startswith(_EPOCH)}
     best = last.user_attrs.get("best", {})
     state = _STATES.get(last.state, "running")
     # What was only screened was not tried in full, however far it came.
