@@ -19,7 +19,7 @@ from kintsugi.models import build_model
 from kintsugi.restore.restorer import Restorer
 from kintsugi.storage import LocalStore, MemoryStore, ObjectStore
 from kintsugi_tune.influence import correlations, importances
-from kintsugi_tune.looked import members_shown
+from kintsugi_tune.looked import look, members_shown
 from kintsugi_tune.record import SearchRecord, State, TrialRecord
 from kintsugi_tune.report import write_report
 from kintsugi_tune.values import axes, coordinate_label
@@ -197,6 +197,11 @@ def test_the_chosen_trial_is_compared_with_the_recipe_over_the_same_images(
     table = page[page.index("<h2>Chosen against recipe") : page.index("<h2>Before and after")]
     line = next(visible(each) for each in table.split("<tr>") if "PSNR, dB" in each)
     assert f" {means[0]:.2f} {means[1]:.2f} {means[1] - means[0]:+.2f} [" in re.sub(r"\s+", " ", line)
+
+
+def test_fewer_images_are_taken_from_all_over_the_split(store: LocalStore, config: ExperimentConfig) -> None:
+    whole, some = (look(search(config, trials()), store, 1, scored).cards[3].images for scored in (60, 2))
+    assert [image.sample_id for image in some] == [whole[0].sample_id, whole[len(whole) // 2].sample_id]
 
 
 def test_the_worst_images_are_shown_as_every_member_left_restores_them(page: str) -> None:

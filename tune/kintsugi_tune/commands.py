@@ -78,6 +78,7 @@ def report(
     search: Search,
     output: Annotated[Path | None, typer.Option(help="Default: SEARCH.html")] = None,
     images: Annotated[int, typer.Option(min=1, help="How many of the worst images to show.")] = 6,
+    scored: Annotated[int, typer.Option(min=1, help="How many validation images to restore and compare.")] = 60,
 ) -> None:
     """Write what a search found, by now, as one HTML page that needs nothing else."""
     from kintsugi_tune.ledger import Ledger, load_plan
@@ -85,7 +86,7 @@ def report(
 
     store = open_root_store()
     record = Ledger(store, load_plan(store, search), owner=False).record()
-    path = write_report(record, store, output or Path(f"{search}.html"), images=images)
+    path = write_report(record, store, output or Path(f"{search}.html"), images=images, scored=scored)
     say(f"report {path}")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from kintsugi.checkpoint import fetch_best
 from kintsugi.data.dataset import open_split
 from kintsugi.data.reader import SplitReader
+from kintsugi.data.sample import RawSample
 from kintsugi.errors import KintsugiError
 from kintsugi.evaluation.report import difference, window
 from kintsugi.evaluation.scorecard import ImageScore, Pictured, Scorecard, evaluate, pictured, worse_gain, worst_first
@@ -48,8 +49,26 @@ class Looked:
     missing: dict[str, str] = field(default_factory=dict)
 
 
-def look(record: SearchRecord, store: ObjectStore, images: int) -> Looked:
-    """Restore the validation images with the chosen member and the reference, and the worst with all members shown.
+class _Spread(SplitReader):
+    """Some of a split's samples, evenly over the whole split, which may be sorted by category."""
+
+    def __init__(self, whole: SplitReader, count: int) -> None:
+        super().__init__(whole.source)
+        self._places = [place * len(whole) // count for place in range(min(count, len(whole)))]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @property
+    def sample_ids(self) -> list[str]:  # type: ignore[override]
+        return [super(_Spread, self).sample_ids[place] for place in self._places]
+
+    def raw(self, index: int) -> RawSample:
+        return super().raw(self._places[index])
+
+
+def look(record: SearchRecord, store: ObjectStore, images: int, scored: int) -> Looked:
+    """Restore validation images with the chosen member and the reference, and the worst with all members shown.
 
     Where the chosen member cannot be read, the next that can takes its place in choosing the images.
     """
@@ -57,9 +76,10 @@ def look(record: SearchRecord, store: ObjectStore, images: int) -> Looked:
     if not wanted:
         return Looked()
     try:
-        reader = open_split(store, record.config.data.dataset, "val")
+        whole = open_split(store, record.config.data.dataset, "val")
     except KintsugiError as error:
         return Looked(missing={"the validation images": str(error)})
+    reader = _Spread(whole, min(scored, len(whole)))
     missing: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="kintsugi-report-") as scratch:
         restorers = dict(_restorers(wanted, store, Path(scratch), missing))
@@ -67,8 +87,8 @@ def look(record: SearchRecord, store: ObjectStore, images: int) -> Looked:
         return Looked(missing=missing)
     best, base = chosen(record), reference(record)
     first = best.number if best and best.number in restorers else next(iter(restorers))
-    scored = [first, *([base.number] if base and base.number in restorers and base.number != first else [])]
-    cards = {number: _card(record, restorers[number], reader, number) for number in scored}
+    numbers = [first, *([base.number] if base and base.number in restorers and base.number != first else [])]
+    cards = {number: _card(record, restorers[number], reader, number) for number in numbers}
     worst = worst_first(cards[first].images)[:images]
     captions = {trial.number: _caption(trial, best) for trial in wanted}
     return Looked(cards, tuple(_strips(record, reader, worst, restorers, captions, first)), missing)

@@ -29,14 +29,14 @@ Links = Mapping[int, str]
 Colours = Mapping[int, str]
 
 
-def write_report(record: SearchRecord, store: ObjectStore, path: Path, *, images: int = 6) -> Path:
+def write_report(record: SearchRecord, store: ObjectStore, path: Path, *, images: int = 6, scored: int = 60) -> Path:
     """Write what a search found, with pictures of the `images` worst validation images of the chosen member.
 
-    The validation images are restored with the checkpoints of the chosen member and of the reference, the worst also
-    with those of other members of the front. What of these the store does not hold is named on the page instead. The
-    file refers to nothing outside.
+    `scored` validation images, evenly over the split, are restored with the checkpoints of the chosen member and of the
+    reference, the worst also with those of other members of the front. What of these the store does not hold is named
+    on the page instead. The file refers to nothing outside.
     """
-    looked = look(record, store, images)
+    looked = look(record, store, images, scored)
     pictured = {picture.trial for _, pictures in looked.strips for picture in pictures}
     links = {t.number: f"#{'pictures' if t.number in pictured else 'trial'}-{t.number}" for t in record.trials}
     shown = followed(record)

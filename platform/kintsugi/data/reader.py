@@ -78,8 +78,9 @@ class SplitReader:
         self._batches = [list(zip(copy.table.column_names, batch.columns, strict=True)) for batch in batches]
 
     def _row(self, index: int) -> dict[str, Any]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
+        count = len(self._copy.table)
+        if not 0 <= index < count:
+            raise IndexError(f"sample {index} of {count}")
         batch = bisect_right(self._starts, index) - 1
         # A quarter of the time that `slice(...).to_pylist()` takes.
         return {name: column[index - self._starts[batch]].as_py() for name, column in self._batches[batch]}
