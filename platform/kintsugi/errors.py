@@ -14,6 +14,7 @@ KintsugiError
 ├── ModelNotFound          no such model, version or alias
 ├── GateRefused            a model is worse than the one in production
 ├── TrainingError          a training run or a search did not finish
+│   └── RunInterrupted     what it ran on failed; begun again, it goes on
 └── StackError             the local stack, or the cluster, is not in the needed state
 """
 
@@ -83,6 +84,10 @@ class GateRefused(KintsugiError):
 
 class TrainingError(KintsugiError):
     """A training run or a search did not finish."""
+
+
+class RunInterrupted(TrainingError):
+    """What a training run ran on failed: processes, nodes, the cluster. Begun again, it goes on."""
 
 
 class StackError(KintsugiError):

@@ -59,6 +59,9 @@ def kill_search(scratch: Path, kills: int, seed: int, **values: Any) -> list[Row
     while not _run_with_kills(scratch, store, path, moments, done):
         pass
     straight, killed = (_record(store, name) for name in ("straight", "killed"))
+    for a, b in zip(straight.trials, killed.trials, strict=False):
+        if _told(a) != _told(b):
+            print(f"differs: {_told(a)}\n    and: {_told(b)} {b.reason}")
     differ = [a.number for a, b in zip(straight.trials, killed.trials, strict=False) if _told(a) != _told(b)]
     runs = {key.key.split("/")[3] for key in store.list("runs/killed/trials/")}
     numbers = Counter(trial.number for trial in killed.trials)

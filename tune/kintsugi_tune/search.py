@@ -14,7 +14,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from kintsugi.checkpoint import best_metrics, newest_metrics
-from kintsugi.errors import KintsugiError
+from kintsugi.errors import KintsugiError, RunInterrupted
 from kintsugi.storage import LONG, open_store
 from kintsugi.training.filesystem import run_storage
 from kintsugi.training.launch import launch_training
@@ -22,8 +22,6 @@ from kintsugi_tune.ledger import Ledger, Stage, load_plan, trial_config
 from kintsugi_tune.live import Live
 
 _KEPT = ("epoch", "score", "learning_rate", "loss/", "val/", "train/")
-_NODE_FAILURES = 2
-"""How often a trial is begun again elsewhere. What its own training raises is `train.max_failures`' business."""
 
 
 def run_search(ledger: Ledger, store_uri: str, *, max_concurrent: int, budget_minutes: float | None) -> bool:
@@ -67,7 +65,7 @@ def _tuner(
         run_config=tune.RunConfig(
             name=f"tune-{stage.name}",
             **run_storage(f"{store_uri}/{ledger.plan.root}"),
-            failure_config=tune.FailureConfig(max_failures=_NODE_FAILURES),
+            failure_config=tune.FailureConfig(max_failures=ledger.plan.config.train.max_failures),
             callbacks=[_Watch(stage, live)],
             verbose=0,
         ),
@@ -162,6 +160,8 @@ def _run_trial(proposal: dict[str, Any], payload: dict[str, Any]) -> None:
             callbacks=[TuneReportCallback()], settings=flat_settings(proposal["values"]), init=plan.init,
         )  # fmt: skip
         _tell({**best_metrics(store, run), "finished": True})
+    except RunInterrupted:
+        raise  # Tune begins the trial again, and it goes on
     except KintsugiError as error:
         _tell({"failed": str(error)})
     # The scheduler ends the trial when it reads that. Tune would take a return for the end, whatever is not read yet.

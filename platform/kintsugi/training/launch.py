@@ -27,7 +27,7 @@ from ray.util.queue import Queue
 from kintsugi.checkpoint import delete_torn, fetch_newest, load_checkpoint
 from kintsugi.config import ExperimentConfig, parse_config
 from kintsugi.data.dataset import SplitReader, open_split
-from kintsugi.errors import KintsugiError, TrainingError
+from kintsugi.errors import KintsugiError, RunInterrupted, TrainingError
 from kintsugi.losses import build_loss
 from kintsugi.manifest import MANIFEST, Manifest, get_folder, put_folder
 from kintsugi.models import PerceptualDistance
@@ -67,7 +67,8 @@ def launch_training(
         init: prefix in the store of a checkpoint or model version whose weights a new run starts from.
 
     Raises:
-        TrainingError: the workers failed more often than `train.max_failures` allows.
+        RunInterrupted: workers or nodes failed more often than `train.max_failures` allows.
+        TrainingError: the training itself cannot go on, for example because its loss is not finite.
     """
     payload = {
         "config": config.model_dump(mode="json"),
@@ -358,4 +359,4 @@ def _told(error: Exception, run: str) -> KintsugiError:
             if isinstance(cause, KintsugiError):
                 return cause
         seen = seen.__cause__
-    return TrainingError(f"run {run} failed ({type(error).__name__}: {error}): the same --run continues it")
+    return RunInterrupted(f"run {run} failed ({type(error).__name__}: {error}): the same --run continues it")
