@@ -4,7 +4,6 @@ import contextlib
 import os
 import random
 import signal
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +30,7 @@ VALUES = {
     "search.trials": 6, "search.screened": 3, "search.epochs": 3, "search.screen_epochs": 2, "search.sampler": "tpe",
     "search.max_concurrent": 1,
 }  # fmt: skip
+_TITLES = ("ray::RayTrainWorker", "ray::ImplicitFunc", "ray::_run_trial", "ray::TrainController")
 _TIMED = ("train/seconds", "train/images_per_second")
 
 
@@ -43,7 +43,7 @@ def prepare(scratch: Path) -> tuple[LocalStore, ExperimentConfig]:
 
 
 def kill_search(scratch: Path, kills: int, seed: int, **values: Any) -> list[Row]:
-    """A search whose processes are killed at random moments against one that nobody touches.
+    """A search whose processes are killed at random points against one that nobody touches.
 
     Args:
         values: of the search, for example `trials`.
@@ -51,12 +51,11 @@ def kill_search(scratch: Path, kills: int, seed: int, **values: Any) -> list[Row
     store, config = prepare(scratch)
     path = scratch / "search.yaml"
     path.write_text(with_values(config, {f"search.{key}": value for key, value in values.items()}).to_yaml())
-    begun = time.monotonic()
     with farm(scratch) as made, _driver(made, store, "straight", path) as process:
         finish(process, lambda: made.log("straight"))
-    moments = _moments(kills, time.monotonic() - begun, random.Random(seed))
+    points = _points(kills, _noted(store, "straight"), random.Random(seed))
     done: list[str] = []
-    while not _run_with_kills(scratch, store, path, moments, done):
+    while not _run_with_kills(scratch, store, path, points, done):
         pass
     straight, killed = (_record(store, name) for name in ("straight", "killed"))
     for a, b in zip(straight.trials, killed.trials, strict=False):
@@ -66,7 +65,7 @@ def kill_search(scratch: Path, kills: int, seed: int, **values: Any) -> list[Row
     runs = {key.key.split("/")[3] for key in store.list("runs/killed/trials/")}
     numbers = Counter(trial.number for trial in killed.trials)
     kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(done).items())
-    note = f"{kinds}, at random moments, one trial at a time"
+    note = f"{kinds}, at random points, one trial at a time"
     ended = sum(trial.state in ("complete", "pruned") for trial in killed.trials)
     return [
         measured("search: kills that hit a running process", len(done), f">= {kills}", n=kills, note=kinds),
@@ -84,18 +83,34 @@ def kill_search(scratch: Path, kills: int, seed: int, **values: Any) -> list[Row
     ]  # fmt: skip
 
 
-def _moments(kills: int, seconds: float, dice: random.Random) -> list[float]:
-    """How long to let the search run before each kill, so that the kills are spread over it."""
-    return [dice.uniform(0.3, 1.7) * seconds / (kills + 1) for _ in range(kills)]
+def _noted(store: LocalStore, name: str) -> int:
+    """How many things a search has noted: proposals, epochs, ends."""
+    return sum(1 for _ in store.list(f"runs/{name}/study/"))
 
 
-def _run_with_kills(scratch: Path, store: LocalStore, config: Path, moments: list[float], done: list[str]) -> bool:
+def _points(kills: int, noted: int, dice: random.Random) -> list[tuple[int, float]]:
+    """For each kill what the search has noted by then, before its last trial begins, and seconds more to let it run."""
+    return [(point, dice.uniform(0, 2)) for point in sorted(dice.sample(range(1, noted - 6), kills))]
+
+
+def _run_with_kills(
+    scratch: Path, store: LocalStore, config: Path, points: list[tuple[int, float]], done: list[str]
+) -> bool:
     """Until the search is done, or a kill took the cluster or the driver along; whether it is done."""
     with farm(scratch) as made:
         while True:
             with _driver(made, store, "killed", config) as process:
-                while len(done) < len(moments):
-                    _let_run(process, moments[len(done)])
+                while len(done) < len(points):
+                    point, more = points[len(done)]
+                    wait_until(
+                        lambda at=point, now=process: (
+                            (_noted(store, "killed") >= at and bool(_workers(made))) or now.poll() is not None
+                        ),
+                        f"{point} things noted",
+                        lambda: made.log("killed"),
+                    )
+                    with contextlib.suppress(TimeoutExpired):
+                        process.wait(more)
                     if process.poll() is not None:
                         return True
                     kind = _KINDS[len(done) % len(_KINDS)]
@@ -109,13 +124,8 @@ def _run_with_kills(scratch: Path, store: LocalStore, config: Path, moments: lis
                     return True
 
 
-def _let_run(process: "Popen[bytes]", seconds: float) -> None:
-    with contextlib.suppress(TimeoutExpired):
-        process.wait(seconds)
-
-
 def _kill_driver(made: Farm, process: "Popen[bytes]") -> bool:
-    workers = _workers()
+    workers = _workers(made)
     process.kill()
     process.wait()
     # Ray takes the workers of a dead driver away by itself; until then they hold the CPUs.
@@ -125,7 +135,7 @@ def _kill_driver(made: Farm, process: "Popen[bytes]") -> bool:
 
 def _kill_worker(made: Farm, process: "Popen[bytes]") -> bool:
     """Whatever of the search runs in the cluster just now: a training worker, or a trial's own process."""
-    for worker in _workers():
+    for worker in _workers(made):
         try:
             worker.send_signal(signal.SIGKILL)
         except psutil.NoSuchProcess:
@@ -158,14 +168,17 @@ _KILLS: dict[str, Callable[[Farm, "Popen[bytes]"], bool]] = {
 _KINDS = list(_KILLS)
 
 
-def _workers() -> list[psutil.Process]:
-    """Ray names its processes by what runs in them."""
-    found: list[psutil.Process] = []
-    for process in psutil.process_iter(["cmdline", "ppid"]):
-        title = " ".join(process.info["cmdline"] or ())
-        if title.startswith(("ray::RayTrainWorker", "ray::ImplicitFunc", "ray::_run_trial", "ray::TrainController")):
-            found.append(process)
-    return sorted(found, key=lambda worker: "RayTrainWorker" not in " ".join(worker.info["cmdline"]))
+def _workers(made: Farm) -> list[psutil.Process]:
+    """What the search runs in this cluster, training workers first. Ray names its processes by what runs in them."""
+    found: list[tuple[bool, psutil.Process]] = []
+    for node in (made.cluster.head_node, *made.nodes):
+        for started in node.all_processes.get("raylet", ()):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for process in psutil.Process(started.process.pid).children(recursive=True):
+                    title = " ".join(process.cmdline())
+                    if title.startswith(_TITLES):
+                        found.append(("RayTrainWorker" not in title, process))
+    return [process for _, process in sorted(found, key=lambda entry: entry[0])]
 
 
 def _driver(made: Farm, store: LocalStore, name: str, config: Path) -> Any:
