@@ -4,7 +4,6 @@ Every method gets the same number of epochs to spend, on the same images, with t
 """
 
 import math
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,7 +55,6 @@ class Spent:
     hypervolume: float
     score: float
     unknown: float
-    seconds: float
 
 
 @dataclass
@@ -126,12 +124,12 @@ def search(method: str, seed: int, store_uri: str, dataset: str, epochs: int) ->
     store = open_store(store_uri)
     trainer = _Trainer(plan, open_split(store, dataset, "train"), open_split(store, dataset, "val"))
     ledger = Ledger(MemoryStore(), plan, owner=True)
-    outcome, begun = Outcome(method, seed, ledger.record()), time.monotonic()
+    outcome = Outcome(method, seed, ledger.record())
     for stage in ledger.stages():
         while stage.left and trainer.epochs < epochs and (proposal := stage.next()):
             _one(stage, proposal, trainer)
             outcome.record = ledger.record()
-            outcome.progress.append(_spent(outcome.record, trainer.epochs, time.monotonic() - begun))
+            outcome.progress.append(_spent(outcome.record, trainer.epochs))
     return outcome
 
 
@@ -145,12 +143,12 @@ def _one(stage: Stage, proposal: Proposal, trainer: "_Trainer") -> None:
     stage.complete(proposal.number, best)
 
 
-def _spent(record: SearchRecord, epochs: int, seconds: float) -> Spent:
+def _spent(record: SearchRecord, epochs: int) -> Spent:
     points = [[trial.point[name] for name in record.objectives] for trial in pareto_front(record.trials)]
     area = hypervolume(points, [record.origin[name] for name in record.objectives]) if points else 0.0
     scores = {trial.number: trial.best["score"] for trial in record.trials if trial.curve}
     unknown = [scores[trial.number] for trial in record.trials if trial.curve and trial.label is None]
-    return Spent(epochs, area, max(scores.values()), max(unknown, default=-math.inf), seconds)
+    return Spent(epochs, area, max(scores.values()), max(unknown, default=-math.inf))
 
 
 class _Trainer:
