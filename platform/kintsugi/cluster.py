@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 
 from kintsugi.errors import StackError
 
@@ -24,3 +25,11 @@ def connect(*, worker_output: bool = True) -> None:
         raise StackError(
             f"no Ray cluster answers at {address}, or it refuses the token ({error}): run 'kintsugi status'"
         ) from error
+
+
+def leave() -> None:
+    """Leave the cluster; nothing where this process never joined one. What runs there goes on."""
+    if "ray" in sys.modules:
+        import ray
+
+        ray.shutdown()

@@ -1,10 +1,8 @@
 """The `kintsugi serve` verb: puts a published model behind HTTP on the cluster."""
 
 import importlib
-import json
 import logging
 import socket
-import sys
 import time
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -12,6 +10,7 @@ from urllib.parse import urlsplit
 import typer
 
 from kintsugi import cluster, local
+from kintsugi.commands.console import Json, print_json, say
 from kintsugi.errors import ConfigError, ModelNotFound, StackError
 from kintsugi.storage import open_store, store_uri_from_environment
 
@@ -33,7 +32,7 @@ def serve(
         list[str] | None, typer.Option(metavar="HEX", help="SHA-256 of a key to ask callers for; repeatable.")
     ] = None,
     stop: Annotated[bool, typer.Option("--stop", help="Take the service down.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document for machines.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Serve a published model over HTTP with autoscaling replicas; it stays up until --stop."""
     stack = local.activate(local.home_folder())
@@ -165,4 +164,7 @@ def _reachable(host: str) -> str:
 
 
 def _print(document: dict[str, Any], sentence: str, as_json: bool) -> None:
-    sys.stdout.write((json.dumps(document) if as_json else sentence) + "\n")
+    if as_json:
+        print_json(document)
+    else:
+        say(sentence)

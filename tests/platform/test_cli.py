@@ -13,6 +13,7 @@ HEAVY = ("torch", "ray", "cv2", "boto3", "numpy", "kintsugi.commands")
 FAKE = '''
 from typing import Annotated
 import typer
+from kintsugi.commands.console import Json, print_json
 from kintsugi.errors import ConfigError, KintsugiError
 
 def greet(name: str, times: Annotated[int, typer.Option(help="How often.")] = 1) -> None:
@@ -38,6 +39,13 @@ def interrupted() -> None:
 def fall_over() -> None:
     raise RuntimeError("a fault of ours")
 
+def tell(as_json: Json = False) -> None:
+    """Tell what was found, while a library speaks too."""
+    print("a worker says something")
+    if as_json:
+        print_json({"found": 1})
+    print("a node says something")
+
 def search(space: Annotated[str | None, typer.Argument()] = None, config: str = "none", wide: bool = False) -> None:
     """Search far."""
     print(f"search {space} from {config}" + " widely" * wide)
@@ -46,6 +54,7 @@ TABLE: Table = {
     "greet": ("fake_commands:greet", "Say hello to someone."),
     "refuse": ("fake_commands:refuse", "Refuse."),
     "refuse-remotely": ("fake_commands:refuse_remotely", "Refuse on a worker."),
+    "tell": ("fake_commands:tell", "Tell what was found."),
     "interrupted": ("fake_commands:interrupted", "Be interrupted."),
     "fall-over": ("fake_commands:fall_over", "Fall over."),
     "data greet": ("fake_commands:greet", "Say hello in a group."),
@@ -202,6 +211,15 @@ def test_a_fault_of_ours_is_not_hidden() -> None:
 def test_wrong_usage_ends_with_2_and_a_hint(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words, TABLE) == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_document_for_machines_stands_alone_whatever_else_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tell", "--json"], TABLE) == 0
+    out, err = capsys.readouterr()
+    assert out == '{"found": 1}\n'
+    assert err == "a worker says something\na node says something\n"
+    assert main(["tell"], TABLE) == 0
+    assert capsys.readouterr().out == "a worker says something\na node says something\n"
 
 
 def test_an_interrupt_ends_with_130() -> None:

@@ -1,14 +1,42 @@
 """What every verb shares: its options, and how it prints."""
 
+import contextlib
 import json
 import sys
-from typing import Annotated, Any
+from collections.abc import Generator
+from contextvars import ContextVar
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for machines.")]
+from kintsugi import cluster
+
+_documents: ContextVar[TextIO | None] = ContextVar("documents", default=None)
+
+
+@contextlib.contextmanager
+def _documents_alone() -> Generator[None]:
+    """Keep standard output for documents: Ray prints there what nodes and workers write, until it is left."""
+    token = _documents.set(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            try:
+                yield
+            finally:
+                cluster.leave()
+    finally:
+        _documents.reset(token)
+
+
+def _for_machines(context: typer.Context, as_json: bool) -> bool:
+    if as_json and _documents.get() is None:
+        context.with_resource(_documents_alone())
+    return as_json
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for machines.", callback=_for_machines)]
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key; repeatable.")
 ]
@@ -26,8 +54,8 @@ def note(text: str) -> None:
 
 
 def print_json(document: Any) -> None:
-    """One document on one line, the last of standard output."""
-    sys.stdout.write(json.dumps(document) + "\n")
+    """One document on one line, on standard output."""
+    (_documents.get() or sys.stdout).write(json.dumps(document) + "\n")
 
 
 def print_table(columns: tuple[str, ...], rows: Any) -> None:

@@ -1,6 +1,7 @@
 """Several DDP workers over gloo, without Ray: what they compute together does not depend on how many they are."""
 
 import json
+import os
 import subprocess
 import sys
 from datetime import timedelta
@@ -30,7 +31,7 @@ def work(rank: int, world: int, root: Path, out: Path, start: Path | None = None
     """Train from `start`; rank 0 writes every checkpoint within an epoch and all that was reported."""
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=world, timeout=timedelta(seconds=120)
+        "gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=world, timeout=timedelta(seconds=300)
     )
     config, store = load_config(out / "config.yaml"), LocalStore(root)
     train, val = (open_split(store, "tiny", split, out / f"cache-{rank}") for split in ("train", "val"))
@@ -58,8 +59,16 @@ def trained(world: int, store: LocalStore, config: ExperimentConfig, out: Path, 
     out.mkdir()
     (out / "config.yaml").write_text(config.to_yaml())
     words = [sys.executable, __file__, str(world), str(store.root), str(out), *([str(start)] if start else [])]
-    workers = [subprocess.Popen([*words[:2], str(rank), *words[2:]]) for rank in range(world)]
-    assert [worker.wait(300) for worker in workers] == [0] * world
+    loopback = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    logs = [out / f"worker-{rank}.log" for rank in range(world)]
+    workers = [
+        subprocess.Popen(
+            [*words[:2], str(rank), *words[2:]], env=loopback, stdout=log.open("w"), stderr=subprocess.STDOUT
+        )
+        for rank, log in enumerate(logs)
+    ]
+    codes = [worker.wait(600) for worker in workers]
+    assert codes == [0] * world, "\n".join(log.read_text()[-2000:] for log in logs)
     return out
 
 
