@@ -9,7 +9,8 @@ from kintsugi.errors import KintsugiError
 from kintsugi.storage import MemoryStore
 from kintsugi_serve.api import build_api
 from kintsugi_serve.client import Client, ServiceError
-from kintsugi_serve.schemas import Refusal, Rejection, Settings
+from kintsugi_serve.jobs import Rejection
+from kintsugi_serve.schemas import Refusal, Settings
 
 Answering = Callable[[httpx2.Request], httpx2.Response]
 PROBLEM = {"code": "overloaded", "detail": "later", "title": "t", "status": 503, "request_id": "r"}
