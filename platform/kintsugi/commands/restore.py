@@ -227,8 +227,9 @@ def _progress(count: int) -> Generator[tuple[_Rows, _Images]]:
     """A bar on the terminal: rows of a large image, from the first call on, or images of several."""
     from rich.progress import Progress
 
+    console = Console(stderr=True)
     # Results go to standard output, also where only the bar's own stream is a terminal.
-    with Progress(console=Console(stderr=True), transient=True, redirect_stdout=False) as bar:
+    with Progress(console=console, transient=True, redirect_stdout=False, disable=not console.is_terminal) as bar:
         several = count > 1
         task = bar.add_task("restoring", total=count if several else None, visible=several)
 
