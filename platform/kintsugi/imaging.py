@@ -9,6 +9,7 @@ orientation tag turns them. Depth inside the container is explicit: a 12-bit cam
 import contextlib
 import io
 import warnings
+import zlib
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -36,6 +37,8 @@ _MAGIC: tuple[tuple[bytes, Format], ...] = (
     (b"\xff\xd8\xff", "jpeg"),
     (b"BM", "bmp"),
 )
+_NOTE = b"kintsugi"
+_AFTER_IHDR = 33
 NEGATIVE = ("photometric", "miniswhite")
 DEPTHS = (np.uint8, np.uint16)
 _PILLOW_MODES = {"L": "grey", "RGB": "rgb", "1": "black and white", "P": "palette"}
@@ -168,12 +171,20 @@ def decode_mask(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.bool
     return mask.any(axis=2) if mask.ndim == 3 else mask
 
 
-def encode(image: Image, *, quality: int = 100) -> bytes:
-    """Write the image in its own format: lossless, except JPEG, which is written at `quality` in 4:4:4."""
+def encode(image: Image, *, quality: int = 100, note: str | None = None) -> bytes:
+    """Write the image in its own format: lossless, except JPEG, which is written at `quality` in 4:4:4.
+
+    Args:
+        note: ASCII text for the file, as iTXt `kintsugi` of a PNG or ImageDescription of a TIFF; `note_of` reads it.
+    """
+    if note is not None and image.format not in ("png", "tiff"):
+        raise ImageError(
+            "unsupported_format", f"a {image.format} holds no facts: ask without them, or send PNG or TIFF"
+        )
     if image.channels not in (1, 3):
         raise ImageError("unsupported_mode", f"an image of {image.channels} channels fits no file: grey and RGB do")
     if image.format == "tiff":
-        return _encode_tiff(image)
+        return _encode_tiff(image, note)
     if image.bit_depth == 16 and image.format != "png":
         raise ImageError("unsupported_mode", f"{image.format} holds 8 bits a sample: use PNG or TIFF for 16")
     pixels = image.pixels[..., ::-1] if image.channels == 3 else image.pixels
@@ -189,7 +200,26 @@ def encode(image: Image, *, quality: int = 100) -> bytes:
     ok, data = cv2.imencode("." + image.format, np.ascontiguousarray(pixels), options.get(image.format, []))
     if not ok:
         raise ImageError("unsupported_mode", f"the image could not be written as {image.format}")
-    return data.tobytes()
+    return data.tobytes() if note is None else _with_text(data.tobytes(), note)
+
+
+def note_of(data: bytes) -> str | None:
+    """The text that `encode` put into a PNG or a TIFF; None where there is none."""
+    kind = sniff(data)
+    if kind == "tiff":
+        with tifffile.TiffFile(io.BytesIO(data)) as tiff:
+            return tiff.pages.first.description or None
+    if kind != "png":
+        return None
+    with _header(data, kind) as header:
+        return header.info.get(_NOTE.decode())
+
+
+def _with_text(png: bytes, text: str) -> bytes:
+    """The PNG with an iTXt chunk after its header: keyword, no compression, no language, UTF-8 text."""
+    body = b"iTXt" + _NOTE + bytes(5) + text.encode()
+    chunk = (len(body) - 4).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
+    return png[:_AFTER_IHDR] + chunk + png[_AFTER_IHDR:]
 
 
 def encode_mask(mask: NDArray[np.bool_]) -> bytes:
@@ -343,7 +373,7 @@ def tiff_options(image: Image) -> dict[str, Any]:
     }
 
 
-def _encode_tiff(image: Image) -> bytes:
+def _encode_tiff(image: Image, note: str | None) -> bytes:
     buffer = io.BytesIO()
-    tifffile.imwrite(buffer, image.pixels, **tiff_options(image))
+    tifffile.imwrite(buffer, image.pixels, description=note, **tiff_options(image))
     return buffer.getvalue()

@@ -9,23 +9,20 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Callable
-from typing import Annotated, Any
+from dataclasses import asdict, replace
+from typing import Any
 
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.datastructures import UploadFile
 
 from kintsugi import errors
 from kintsugi.storage import ObjectStore, open_store
 from kintsugi_serve.edge import Edge, Metrics, handle_errors
+from kintsugi_serve.jobs import Answer, Backend, Job, LoadedModel, Rejection, Serving
+from kintsugi_serve.requests import DefectMap, Embed, ModelName, Repeats, WhiteLevel, read_job
 from kintsugi_serve.schemas import (
-    Answer,
-    Backend,
-    Job,
     JsonResult,
-    LoadedModel,
     Refusal,
-    Rejection,
     S3Address,
     S3Request,
     S3Result,
@@ -37,8 +34,6 @@ from kintsugi_serve.schemas import (
 logger = logging.getLogger(__name__)
 
 READY_FOR_S = 10.0
-# curl --data-binary says x-www-form-urlencoded of everything; what the bytes are is decided by their magic number.
-_RAW_TYPES = ("", "application/octet-stream", "binary/octet-stream", "application/x-www-form-urlencoded")
 
 
 class Places:
@@ -71,36 +66,15 @@ class Places:
         return True
 
 
-async def read_job(request: Request, white_level: int | None) -> Job:
-    """The images of a raw or a multipart body.
-
-    Raises:
-        Refusal: `bad_request` for a body that lacks the image, `unsupported_format` for another content type.
-    """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "multipart/form-data":
-        if kind not in _RAW_TYPES and not kind.startswith("image/"):
-            raise Refusal("unsupported_format", f"{kind} is not restored: send a PNG, TIFF, JPEG or BMP image")
-        image = await request.body()
-        if not image:
-            raise Refusal("bad_request", "the body is empty: send the image in it")
-        return Job(image, white_level=white_level)
-    async with request.form(max_files=2, max_fields=2) as form:
-        names = [name for name, _ in form.multi_items()]
-        if sorted(names) not in (["image"], ["image", "mask"]):
-            raise Refusal("bad_request", f"multipart needs one part 'image' and at most one 'mask' (got {names})")
-        parts = {name: await part.read() for name, part in form.items() if isinstance(part, UploadFile)}
-    if "image" not in parts or len(parts) != len(names):
-        raise Refusal("bad_request", "'image' and 'mask' must be files: give each part a filename")
-    return Job(parts["image"], parts.get("mask"), white_level)
-
-
 def answer_headers(answer: Answer) -> dict[str, str]:
     return {
         "X-Kintsugi-Model": answer.model.label,
         "X-Kintsugi-Model-Digest": answer.model.digest,
         "X-Kintsugi-Defect-Retention": f"{answer.retention:.4f}",
         "X-Kintsugi-Alarm": "true" if answer.alarm else "false",
+        "X-Kintsugi-Input-SHA256": answer.input_sha256,
+        "X-Kintsugi-Output-SHA256": answer.output_sha256,
+        "Server-Timing": ", ".join(f"{name};dur={spent:.1f}" for name, spent in answer.timing_ms.items()),
     }
 
 
@@ -143,7 +117,6 @@ _RESTORE_ROUTE: dict[str, Any] = {
     "responses": {200: _RESTORE_ANSWER},
     "openapi_extra": {"requestBody": _RESTORE_BODY},
 }
-WhiteLevel = Annotated[int | None, Query(description="value of full scale, for example 4095 for 12-bit cameras")]
 
 
 def build_api(
@@ -197,12 +170,24 @@ class Service:
         self._backend = backend
         self._metrics = metrics
         self._places = places
+        self._repeats = Repeats()
         self._answered: tuple[float, LoadedModel] | None = None
 
-    async def restore(self, request: Request, white_level: WhiteLevel = None) -> Response:
-        answer = await self._restored(await read_job(request, white_level))
+    async def restore(
+        self,
+        request: Request,
+        white_level: WhiteLevel = None,
+        model: ModelName = None,
+        embed: Embed = False,
+        defect_map: DefectMap = False,
+    ) -> Response:
+        as_json = "application/json" in request.headers.get("accept", "")
+        asked = Job(b"", None, white_level, model, embed=embed, defect_map=defect_map and as_json)
+        job = await read_job(request, asked)
+        await self._repeats.check(request.state.tenant, request.headers, job)
+        answer = await self._restored(request, job)
         headers = answer_headers(answer)
-        if "application/json" not in request.headers.get("accept", ""):
+        if not as_json:
             return Response(answer.image, headers=headers, media_type=f"image/{answer.format}")
         result = JsonResult(
             image=base64.b64encode(answer.image).decode(),
@@ -210,6 +195,10 @@ class Service:
             model=answer.model.label,
             digest=answer.model.digest,
             report=answer.report,
+            input_sha256=answer.input_sha256,
+            output_sha256=answer.output_sha256,
+            timing_ms=answer.timing_ms,
+            defect_map=base64.b64encode(answer.defect_map).decode() if answer.defect_map else None,
             request_id=request.state.request_id,
         )
         return Response(result.model_dump_json(), headers=headers, media_type="application/json")
@@ -217,50 +206,70 @@ class Service:
     async def restore_s3(self, request: Request, response: Response, job: S3Request) -> S3Result:
         source = allowed_address(job.input, self._settings.roots)
         mask = allowed_address(job.mask, self._settings.roots) if job.mask is not None else None
-        target = writable_address(job.output, self._settings)
+        output = job.output or ""
+        target = writable_address(output, self._settings)
         image = await asyncio.to_thread(self._places.read, source)
         mask_bytes = await asyncio.to_thread(self._places.read, mask) if mask else None
-        answer = await self._restored(Job(image, mask_bytes, job.white_level))
+        answer = await self._restored(request, Job(image, mask_bytes, job.white_level, job.model))
         created = await asyncio.to_thread(self._places.write_once, target, answer.image)
         response.headers.update(answer_headers(answer))
         return S3Result(
-            output=job.output,
+            output=output,
             created=created,
             model=answer.model.label,
             digest=answer.model.digest,
             report=answer.report,
+            result=output,
+            input_sha256=answer.input_sha256,
+            output_sha256=answer.output_sha256,
             request_id=request.state.request_id,
         )
 
     async def models(self) -> dict[str, Any]:
-        loaded = await self._described()
-        published = await self._backend.published()
-        serving = {"name": loaded.name, "version": loaded.number, "digest": loaded.digest}
-        return {"serving": serving, "published": published}
+        serving = await self._described()
+        return {**_as_json(serving), "published": await self._backend.published()}
 
     async def healthz(self) -> dict[str, str]:
         return {"status": "alive", "service": "kintsugi"}
 
-    async def readyz(self) -> dict[str, str]:
+    async def readyz(self) -> dict[str, Any]:
         """A replica that answered just now is ready, even if it is too busy to say so again."""
         seen = self._answered
         fresh = seen is not None and time.monotonic() - seen[0] < READY_FOR_S
-        model = seen[1] if seen is not None and fresh else await self._described()
+        model = seen[1] if seen is not None and fresh else (await self._described()).version
         return {"status": "ready", "model": model.label, "digest": model.digest}
 
     async def metrics(self) -> Response:
         return Response(generate_latest(self._metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    async def _restored(self, job: Job) -> Answer:
-        answer = await self._backend.restore(job)
+    async def _restored(self, request: Request, job: Job) -> Answer:
+        left = request.state.deadline - time.monotonic()
+        answer = await self._backend.restore(replace(job, budget_s=max(left, 0.001)))
         if isinstance(answer, Rejection):
             raise Refusal(answer.code, answer.detail)
-        self._answered = (time.monotonic(), answer.model)
-        if answer.alarm:
-            self._metrics.alarms.labels(answer.model.label).inc()
+        if job.model is None:
+            self._answered = (time.monotonic(), answer.model)
+        self._metrics.restored(answer)
+        request.state.audit.update(
+            model=answer.model.label,
+            model_digest=answer.model.digest,
+            input_sha256=answer.input_sha256,
+            output_sha256=answer.output_sha256,
+            retention=round(answer.retention, 6),
+            alarm=answer.alarm,
+        )
         return answer
 
-    async def _described(self) -> LoadedModel:
-        model = await self._backend.describe()
-        self._answered = (time.monotonic(), model)
-        return model
+    async def _described(self) -> Serving:
+        serving = await self._backend.describe()
+        self._answered = (time.monotonic(), serving.version)
+        self._metrics.serving(serving)
+        return serving
+
+
+def _as_json(serving: Serving) -> dict[str, Any]:
+    version = serving.version
+    return {
+        "serving": {"name": version.name, "version": version.number, "digest": version.digest},
+        "refused": asdict(serving.refused) if serving.refused else None,
+    }

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
@@ -29,6 +29,9 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "undecodable": (422, "The image cannot be decoded"),
     "over_white_level": (422, "The image is brighter than the white level"),
     "mismatch": (422, "Image and mask do not fit together"),
+    "idempotency_mismatch": (422, "This key belongs to another request"),
+    "poison": (422, "This image ended its reader before"),
+    "digest_mismatch": (400, "The body is not what its digest says"),
     "mask_required": (422, "This model needs a defect mask"),
     "internal": (500, "The service failed"),
     "store_failed": (502, "The object store refused"),
@@ -76,8 +79,10 @@ class Settings(BaseModel):
     max_body_bytes: int = Field(default=64 * 2**20, ge=1024)
     max_pixels: int = Field(default=MAX_PIXELS, ge=1)
     timeout_s: float = Field(default=60, gt=0, description="until the ingress gives up on a replica")
-    max_batch_size: int = Field(default=8, ge=1)
+    max_batch_pixels: int = Field(default=2**22, ge=1, description="that pass the model together, on a GPU at once")
     batch_wait_s: float = Field(default=0.0, ge=0)
+    follow_s: float = Field(default=5, ge=0, description="between two looks at where the alias points; 0: never")
+    other_models: int = Field(default=2, ge=1, description="that a replica holds for requests which name a model")
     threads: int = Field(default=1, ge=1, description="torch threads of a replica")
     device: str = Field(default="cpu", description="where the model runs: cpu or cuda")
 
@@ -108,11 +113,15 @@ class Args(Settings):
     model: str = Field(default="unet@production", min_length=1, description="NAME@ALIAS, NAME@NUMBER or NAME")
     min_replicas: int = Field(default=1, ge=0)
     max_replicas: int = Field(default=2, ge=1)
+    ingress_replicas: int = Field(default=1, ge=1, description="processes that speak HTTP with the proxies")
     num_cpus: float = Field(default=0.5, gt=0, description="of a replica")
     ingress_num_cpus: float = Field(default=0.1, ge=0)
     num_gpus: float = Field(default=0, ge=0, description="of a replica; above 0 the model runs on cuda")
     target_ongoing_requests: float = Field(default=4, gt=0, description="of a replica, before another is started")
+    max_ongoing_requests: int = Field(default=8, ge=1, description="that a replica works on at a time")
     max_queued_requests: int = Field(default=32, ge=1, description="that wait for a replica; more are refused with 503")
+    upscale_delay_s: float = Field(default=5, ge=0, description="of too much load, before a replica is added")
+    downscale_delay_s: float = Field(default=120, ge=0, description="of too little, before one is taken away")
 
     @model_validator(mode="after")
     def _bounds_agree(self) -> "Args":
@@ -128,69 +137,16 @@ class Args(Settings):
         return Settings(**values)
 
 
-@dataclass(frozen=True)
-class Job:
-    """One image to restore, as the client sent it."""
-
-    image: bytes
-    mask: bytes | None = None
-    white_level: int | None = None
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """The version that a replica answers with."""
-
-    name: str
-    number: int
-    digest: str
-
-    @property
-    def label(self) -> str:
-        return f"{self.name}@{self.number}"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A restored image, in the format that came in. `report` is `Report.to_dict()`."""
-
-    image: bytes
-    format: str
-    model: LoadedModel
-    retention: float
-    alarm: bool
-    report: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """Why an image was not restored: the code and sentence of its ImageError."""
-
-    code: str
-    detail: str
-
-
-class Backend(Protocol):
-    """What the API needs of the replicas. Raises Refusal where none can answer."""
-
-    async def restore(self, job: Job) -> Answer | Rejection: ...
-
-    async def describe(self) -> LoadedModel: ...
-
-    async def published(self) -> list[dict[str, Any]]:
-        """Names, aliases and versions in the store."""
-        ...
-
-
 class S3Request(BaseModel):
-    """Body of POST /v1/restore/s3."""
+    """Body of POST /v1/restore/s3; without `output` the result stays where results are kept."""
 
     model_config = ConfigDict(extra="forbid")
 
     input: str
-    output: str
+    output: str | None = None
     mask: str | None = None
     white_level: int | None = None
+    model: str | None = None
 
 
 class S3Result(BaseModel):
@@ -201,6 +157,9 @@ class S3Result(BaseModel):
     model: str
     digest: str
     report: dict[str, Any]
+    result: str = Field(description="where the result is kept: by input, model and parameters")
+    input_sha256: str
+    output_sha256: str
     request_id: str
 
 
@@ -212,6 +171,10 @@ class JsonResult(BaseModel):
     model: str
     digest: str
     report: dict[str, Any]
+    input_sha256: str
+    output_sha256: str
+    timing_ms: dict[str, float]
+    defect_map: str | None = Field(None, description="base64 of an 8-bit grey PNG: probability of a defect, 255 is 1")
     request_id: str
 
 

@@ -12,8 +12,9 @@ from kintsugi import imaging
 from kintsugi.errors import StoreError, StoreUnavailable
 from kintsugi.storage import LocalStore, MemoryStore
 from kintsugi_serve.api import build_api
+from kintsugi_serve.jobs import Rejection
 from kintsugi_serve.replica import Replica
-from kintsugi_serve.schemas import Refusal, Rejection, Settings
+from kintsugi_serve.schemas import Refusal, Settings
 
 ROOT = "s3://plant/kintsugi"
 PART = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
