@@ -37,9 +37,9 @@ class Client:
     """Talks to one service; safe between threads.
 
     A restore has no side effect, so what may pass is tried again, at most `retries` times: no connection, a
-    connection that broke, bytes that were damaged, 429, 503, and a 500, 502 or 504 that comes from a proxy in
-    between. The pauses double, at random; `Retry-After` is honoured up to `max_wait_s`. All tries of a call carry
-    one Idempotency-Key.
+    connection that broke, bytes that were damaged either way, 429, 503, and a 500, 502 or 504 that comes from a
+    proxy in between. The pauses double, at random; `Retry-After` is honoured up to `max_wait_s`. All tries of a call
+    carry one Idempotency-Key.
 
     Args:
         base_url: for example http://127.0.0.1:8000.
@@ -123,7 +123,8 @@ class Client:
 
         Not in the order of `sources`, so that one which has to wait holds up none of the others; `Outcome.index` tells
         the place. An image that fails is an outcome with an `error`, and the others go on. At most `concurrency` + 1
-        images are held at a time, so `sources` may be a generator of any length.
+        images are held at a time, so `sources` may be a generator of any length. Whoever leaves the loop early
+        waits for those under way.
 
         Args:
             sources: images, or pairs of image and mask.

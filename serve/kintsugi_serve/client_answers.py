@@ -21,6 +21,8 @@ Answer = httpx2.Response | httpx2.RequestError
 
 _RETRIED = frozenset({429, 503})
 _RETRIED_IF_NOT_OURS = frozenset({500, 502, 504})
+# Bytes were changed on their way back, or on their way there.
+_DAMAGED = frozenset({"corrupted", "digest_mismatch"})
 _OUR_FAULT = (httpx2.UnsupportedProtocol, httpx2.LocalProtocolError)
 _TIMING = re.compile(r"([\w-]+)\s*;\s*dur=(\d+(?:\.\d+)?)")
 
@@ -49,7 +51,7 @@ def may_pass(answer: Answer, error: ServiceError) -> bool:
     """Whether another try may succeed."""
     if isinstance(answer, httpx2.RequestError):
         return not isinstance(answer, _OUR_FAULT)
-    if error.code == "corrupted" or answer.status_code in _RETRIED:
+    if error.code in _DAMAGED or answer.status_code in _RETRIED:
         return True
     return answer.status_code in _RETRIED_IF_NOT_OURS and not _is_problem(answer)
 

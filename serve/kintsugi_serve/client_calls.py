@@ -165,7 +165,7 @@ class Calls:
         if left_s is not None:
             if left_s <= 0:
                 raise ServiceError("deadline_exceeded", 0, "no time was left to send the request: give it more")
-            headers = {**headers, "X-Kintsugi-Timeout": f"{left_s:.3f}"}
+            headers = {**headers, "X-Kintsugi-Timeout": f"{max(left_s, 0.001):.3f}"}
             timeout = min(timeout, left_s)
         content = None if asked.body is None else asked.body.content
         return Try(asked.method, asked.path, asked.params, headers, content, timeout)

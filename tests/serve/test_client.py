@@ -61,8 +61,9 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _problem(status: int = 503, **headers: str) -> httpx2.Response:
-    return httpx2.Response(status, json=PROBLEM, headers={"content-type": "application/problem+json", **headers})
+def _problem(status: int = 503, code: str = "overloaded", **headers: str) -> httpx2.Response:
+    problem = {**PROBLEM, "code": code}
+    return httpx2.Response(status, json=problem, headers={"content-type": "application/problem+json", **headers})
 
 
 def _against(api: TestClient) -> Client:
@@ -107,6 +108,7 @@ def test_a_problem_is_a_kintsugi_error() -> None:
     "passing",
     [
         _problem(503),
+        _problem(400, code="digest_mismatch"),
         _problem(429, **{"retry-after": "3"}),
         httpx2.Response(429, text="busy"),
         httpx2.Response(500, text="Internal Server Error"),

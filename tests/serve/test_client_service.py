@@ -9,12 +9,15 @@ import socketserver
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import numpy as np
 import pytest
 import uvicorn
+from numpy.typing import NDArray
 
 from kintsugi import cli, imaging
 from kintsugi_serve.api import build_api
@@ -38,32 +41,30 @@ def _served(app: Any) -> Iterator[int]:
             thread.join()
 
 
-def _naming_digests(app: Any) -> Any:
-    """As `app`, with the digest of the answer among its headers."""
+class Seeing:
+    """As another backend, with a map of defects that is an image."""
 
-    async def named(scope: Any, receive: Any, send: Any) -> None:
-        starts: list[Any] = []
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self.levels: NDArray[np.uint8] | None = np.array([[0, 51, 255]], np.uint8)
 
-        async def stamped(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                starts.append(message)
-                return
-            if starts:
-                start = starts.pop()
-                name = b"x-kintsugi-output-sha256"
-                if name not in dict(start["headers"]):
-                    start["headers"].append((name, hashlib.sha256(message["body"]).hexdigest().encode()))
-                await send(start)
-            await send(message)
+    async def restore(self, job: Any) -> Any:
+        shown = job.defect_map and self.levels is not None
+        encoded = imaging.encode(imaging.Image(self.levels)) if shown else None
+        return replace(await self._backend.restore(job), defect_map=encoded)
 
-        await app(scope, receive, stamped)
-
-    return named
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
 
 
 @pytest.fixture
-def port(echo: Any, settings: Settings) -> Iterator[int]:
-    with _served(_naming_digests(build_api(settings, echo))) as port:
+def seeing(echo: Any) -> Seeing:
+    return Seeing(echo)
+
+
+@pytest.fixture
+def port(seeing: Seeing, settings: Settings) -> Iterator[int]:
+    with _served(build_api(settings, seeing)) as port:
         yield port
 
 
@@ -262,7 +263,6 @@ def test_a_refusal_is_one_sentence_with_the_requests_id(
     [
         (("--tile", "256", "--ensemble", "flips"), "--ensemble, --tile cannot be asked of a service"),
         (("--error-map", "e.png"), "--error-map cannot be asked of a service"),
-        (("--defect-map", "d.png"), "predicts no defect map"),
         (("--defect-map", "d.jpg"), "a map is a PNG or a TIFF"),
         (("--api-key-env", "NO_SUCH_KEY"), "no environment variable NO_SUCH_KEY"),
     ],
@@ -319,40 +319,45 @@ def test_the_snippets_of_the_guide_run(
         exec(snippet, names)
     assert imaging.decode((folder / "restored.png").read_bytes()).size == (40, 48)
     assert {path.name for path in (folder / "restored").iterdir()} == {"a.png", "b.png"}
-    assert capsys.readouterr().out.splitlines()[0] == "0.9876 True"
+    assert capsys.readouterr().out.splitlines()[0] == "0.9876 False"
     commands = re.findall(r"^kintsugi (restore .*)$", text, re.MULTILINE)
     assert [_run(*command.split(), "--force") for command in commands] == [0, 0]
 
 
-def test_a_map_of_the_service_is_written_beside_the_image(tmp_path: Path) -> None:
-    from kintsugi.commands.restore import FileJob
-    from kintsugi_serve.client_command import restore_remotely
-
-    levels = np.array([[0, 51, 255]], np.uint8)
-    app = _answering_with_a_map(levels)
-    job = FileJob(tmp_path / "a.png", tmp_path / "out.png", None, tmp_path / "map.tiff")
-    job.source.write_bytes(b"a")
-    with _served(app) as port:
-        (result,) = restore_remotely([job], None, None, f"http://127.0.0.1:{port}", None)
-    assert result.error is None
-    written = imaging.decode((tmp_path / "map.tiff").read_bytes())
-    assert written.format == "tiff" and np.array_equal(written.pixels, levels)
+def test_a_map_of_the_service_is_written_beside_the_image(
+    address: str, folder: Path, seeing: Seeing, picture: Callable[[], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    words = ("restore", "parts/a.png", "out.png", "--endpoint", address)
+    assert _run(*words, "--defect-map", "map.tiff") == 0
+    written = imaging.decode((folder / "map.tiff").read_bytes())
+    assert written.format == "tiff" and np.array_equal(written.pixels, seeing.levels)
+    assert (folder / "out.png").read_bytes() == picture()
 
 
-def _answering_with_a_map(levels: Any) -> Any:
-    from base64 import b64encode
+def test_a_model_that_sees_no_defects_is_told_where_a_map_is_wanted(
+    address: str, folder: Path, seeing: Seeing, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    seeing.levels = None
+    assert _run("restore", "parts/a.png", "out.png", "--endpoint", address, "--defect-map", "map.png") == 1
+    assert "predicts no defect map" in capsys.readouterr().err
+    assert not (folder / "out.png").exists() and not (folder / "map.png").exists()
 
-    from fastapi import FastAPI
 
-    app = FastAPI()
+def test_bytes_that_were_damaged_on_their_way_to_the_service_are_sent_again(address: str, echo: Any) -> None:
+    class Damaging(httpx2.HTTPTransport):
+        """Turns one bit of the first body that passes."""
 
-    @app.post("/v1/restore")
-    def restore(defect_map: bool) -> dict[str, Any]:
-        assert defect_map
-        report = {"retention": 1.0, "alarm": False}
-        encoded = b64encode(imaging.encode(imaging.Image(levels))).decode()
-        image = b64encode(b"restored").decode()
-        found = {"image": image, "model": "unet@3", "digest": "d", "request_id": "r"}
-        return {**found, "report": report, "defect_map": encoded}
+        def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+            if not sent:
+                body = bytearray(request.read())
+                body[0] ^= 1
+                request = httpx2.Request(request.method, request.url, headers=request.headers, content=bytes(body))
+            sent.append(request)
+            return super().handle_request(request)
 
-    return app
+    sent: list[httpx2.Request] = []
+    with Client(address, transport=Damaging(), max_wait_s=0.01) as client:
+        assert client.restore(b"image").data == b"image"
+    assert len(sent) == 2 and [job.image for job in echo.jobs] == [b"image"]
