@@ -46,7 +46,7 @@ COMMANDS: Table = {
     "models show": ("kintsugi.commands.models:show", "Show a version's config and scorecard."),
     "models promote": ("kintsugi.commands.models:promote", "Point an alias at a version."),
     "models rollback": ("kintsugi.commands.models:rollback", "Point an alias back at the version before."),
-    "restore": ("kintsugi.commands.restore:restore", "Restore one image file."),
+    "restore": ("kintsugi.commands.restore:restore", "Restore an image file or a folder, here or by a service."),
     "serve": ("kintsugi_serve.commands:serve", "Serve a model over HTTP with Ray Serve."),
 }
 GROUPS = {

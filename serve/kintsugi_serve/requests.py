@@ -55,8 +55,9 @@ async def read_job(request: Request, job: Job) -> Job:
 
     Raises:
         Refusal: `bad_request` for a body that lacks the image, `unsupported_format` for another content type,
-            `digest_mismatch` for a raw body that is not what its Content-Digest says.
+            `digest_mismatch` for a body that is not what its Content-Digest says.
     """
+    await asyncio.to_thread(_check_digest, request.headers, await request.body())
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "multipart/form-data":
         if kind not in _RAW_TYPES and not kind.startswith("image/"):
@@ -64,7 +65,6 @@ async def read_job(request: Request, job: Job) -> Job:
         image = await request.body()
         if not image:
             raise Refusal("bad_request", "the body is empty: send the image in it")
-        await asyncio.to_thread(_check_digest, request.headers, image)
         return replace(job, image=image)
     async with request.form(max_files=2, max_fields=2) as form:
         names = [name for name, _ in form.multi_items()]
