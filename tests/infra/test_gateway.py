@@ -55,8 +55,10 @@ def test_headers_that_ray_obeys_do_not_reach_it(gateway: Any, upstream: Any) -> 
     hostile += ("serve-multiplexed-model-id", "serve_multiplexed_model_id", "x_session_id", "traceparent", "tracestate")
     kept = ("Accept", "Authorization", "X-API-Key", "Content-Type", "Content-Digest", "Idempotency-Key")
     headers = dict.fromkeys(hostile, "0") | dict.fromkeys((*kept, "X-Kintsugi-Timeout"), "kept")
+    headers["X-Forwarded-For"] = "10.1.2.3"
     assert gateway(behind).post(headers=headers).status_code == 200
     assert behind.received[0].headers.keys() <= PASSED | BY_NGINX
+    assert behind.received[0].headers["x-forwarded-for"] == "127.0.0.1"
     assert {name for name, value in behind.received[0].headers.items() if value == "kept"} == {
         *(name.lower() for name in kept),
         "x-kintsugi-timeout",
@@ -80,9 +82,9 @@ def test_no_header_that_passes_is_one_that_ray_serve_names() -> None:
     ("given", "is_kept"), [("Line-3_7.a", True), ("a" * 64, True), ("a" * 65, False), ('a"b', False), ("a b", False)]
 )
 def test_a_harmless_request_id_is_kept_and_another_one_replaced(
-    gateway: Any, upstream: Any, logged: Any, given: str, is_kept: bool
+    gateway: Any, upstream: Any, reply: Any, logged: Any, given: str, is_kept: bool
 ) -> None:
-    behind = upstream()
+    behind = upstream(reply(more=(("X-Request-Id", "of-the-proxy"),)))
     response = gateway(behind).post(headers={"X-Request-Id": given})
     used = response.headers.get_list("x-request-id")
     assert used == [given] if is_kept else re.fullmatch("[0-9a-f]{32}", used[0])
@@ -171,8 +173,8 @@ def test_a_single_proxy_whose_replica_died_is_asked_again(gateway: Any, upstream
 def test_when_nothing_answers_it_is_tried_a_bounded_number_of_times(
     gateway: Any, upstream: Any, reply: Any, logged: Any, check_problem: Any
 ) -> None:
-    dying = upstream(reply(status=None))
-    front = gateway(dying, f"127.0.0.1:{free_ports(1)[0]}", tries=4)
+    dying, dead = upstream(reply(status=None)), f"127.0.0.1:{free_ports(1)[0]}"
+    front = gateway(dying, dead, dying, dead, dying, dead, tries=4)
     check_problem(front.post(), 503, "unavailable")
     assert wait_until(lambda: [line["upstream_status"] for line in logged()] == ["502, 502, 502, 502"], LIMIT_S)
     assert len(dying.received) == 2
