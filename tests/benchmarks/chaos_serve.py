@@ -6,157 +6,31 @@ All of it runs on this machine: the local stack (S3 server, Ray), `kintsugi serv
 """
 
 import argparse
-import hashlib
 import json
-import os
 import random
-import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
-import torch
 from gateway import Gateway
 from malformed import corpus
 from rows import Row, measured, output_of, print_table, write_rows
+from serve_plant import Plant, plant, publish
 
-from kintsugi import imaging, local
-from kintsugi.checkpoint import save_checkpoint
-from kintsugi.config import ExperimentConfig, with_values
-from kintsugi.manifest import MANIFEST, make_manifest
-from kintsugi.models import build_model
-from kintsugi.registry import ModelVersion, Registry, version_key
-from kintsugi.restore.golden import GOLDEN
+from kintsugi import imaging
+from kintsugi.registry import ModelVersion, Registry
 from kintsugi.restore.restorer import Restorer
-from kintsugi.storage import ObjectStore, open_store, store_uri_from_environment
 from kintsugi_serve.client import Client, RestoredImage, ServiceError
 
 PARTS = ("kills", "rollouts", "store", "malformed")
-TINY = {"model.levels": 2, "model.blocks": 1, "model.base": 4, "model.skips": [True, True], "model.reduction": [2, 2],
-        "model.channels": 1}  # fmt: skip
-REPLICA = "ray::ServeReplica:kintsugi:Replica"
-
-
-@dataclass
-class Plant:
-    """The local stack with a service and its gateway."""
-
-    folder: Path
-    environment: dict[str, str] = field(default_factory=dict[str, str])
-
-    def kintsugi(self, *words: str) -> str:
-        command = [sys.executable, "-m", "kintsugi.cli", *words]
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=600, check=False)
-        if done.returncode:
-            raise RuntimeError(f"kintsugi {' '.join(words)}: {done.stdout[-2000:]}{done.stderr[-4000:]}")
-        return done.stdout
-
-    @property
-    def store(self) -> ObjectStore:
-        return open_store(store_uri_from_environment())
-
-    def replicas(self) -> list[psutil.Process]:
-        """Those that are ready to work, the oldest first."""
-        home = str(self.folder)
-        found: list[psutil.Process] = []
-        for process in psutil.process_iter():
-            try:
-                if process.cmdline()[:1] == [REPLICA] and process.environ().get("KINTSUGI_HOME", home) == home:
-                    found.append(process)
-            except (psutil.Error, IndexError):
-                continue
-        return sorted(found, key=lambda process: process.create_time())
-
-    def s3_server(self) -> psutil.Process:
-        (row,) = [process for process in psutil.process_iter() if _is_s3(process, self.folder)]
-        return row
-
-
-def _is_s3(process: psutil.Process, folder: Path) -> bool:
-    try:
-        words = process.cmdline()
-    except psutil.Error:
-        return False
-    return bool(words) and words[0].endswith("weed") and any(str(folder) in word for word in words)
-
-
-@contextmanager
-def plant(replicas: int) -> Iterator[tuple[Plant, Gateway, str]]:
-    """A service with two versions of a tiny model, its gateway, and its own address."""
-    folder = Path(tempfile.mkdtemp(prefix="kc-", dir="/tmp"))  # Ray's socket paths must stay below 107 bytes
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "RAY_", "KINTSUGI_"))}
-    # Ray's workers give way to all other processes, so that a busy machine makes minutes of every start.
-    kept |= {"KINTSUGI_HOME": str(folder), "KINTSUGI_CACHE": str(folder / "cache"), "RAY_worker_niceness": "0"}
-    here = Plant(folder, kept)
-    ports = [part for name in ("s3", "dashboard", "tensorboard", "ray", "endpoint") for part in (f"--{name}-port", "0")]
-    try:
-        here.kintsugi("up", *ports, "--cpus", "8")
-        os.environ |= {"KINTSUGI_HOME": str(folder), "KINTSUGI_CACHE": str(folder / "cache")}
-        stack = local.activate(folder)
-        assert stack is not None
-        os.environ |= local.environment(stack, folder)
-        for seed in (1, 2):
-            publish(here, seed)
-        Registry(here.store).promote("unet@1")
-        sizes = ("--min-replicas", str(replicas), "--max-replicas", str(replicas))
-        served = json.loads(here.kintsugi("serve", "--model", "unet@production", *sizes, "--json"))
-        address = served["address"]
-        (folder / "gateway").mkdir()
-        with Gateway([address.partition("://")[2]], folder / "gateway") as gateway:
-            yield here, gateway, address
-    finally:
-        here.kintsugi("down")
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def publish(here: Plant, seed: int, spoil: str = "") -> ModelVersion:
-    """A tiny model whose answer depends on `seed`; `spoil` makes it one that must not come into service."""
-    torch.manual_seed(seed)
-    config = with_values(ExperimentConfig(), TINY)
-    model = build_model(config.model).eval()
-    torch.nn.init.normal_(model.background_head.weight, std=0.02)
-    checkpoint = here.folder / "checkpoints" / str(len(Registry(here.store).versions("unet")))
-    save_checkpoint(checkpoint, model, config, {}, {})
-    version = Registry(here.store).publish("unet", checkpoint, b"{}")
-    if spoil:
-        _spoil(here.store, version, spoil, here.folder / "spoilt")
-    return version
-
-
-def _spoil(store: ObjectStore, version: ModelVersion, kind: str, scratch: Path) -> None:
-    prefix = version_key(version.name, version.number)
-    if kind == "weights":
-        data = bytearray(store.get(f"{prefix}/weights.safetensors"))
-        data[-3] ^= 4
-        store.put(f"{prefix}/weights.safetensors", bytes(data))
-        return
-    # A publisher's own fault: the manifest agrees with the files.
-    scratch.mkdir(exist_ok=True)
-    manifest = json.loads(store.get(f"{prefix}/{MANIFEST}"))
-    for name in manifest["files"]:
-        (scratch / name).write_bytes(store.get(f"{prefix}/{name}"))
-    if kind == "golden":
-        golden = imaging.decode((scratch / GOLDEN).read_bytes())
-        flipped = imaging.Image((65535 - golden.pixels).astype(np.uint16), "png", 65535)
-        (scratch / GOLDEN).write_bytes(imaging.encode(flipped))
-        store.put(f"{prefix}/{GOLDEN}", (scratch / GOLDEN).read_bytes())
-    else:
-        text = (scratch / "config.yaml").read_text().replace("base: 4", "base: 8")
-        (scratch / "config.yaml").write_text(text)
-        store.put(f"{prefix}/config.yaml", text.encode())
-    store.put(f"{prefix}/{MANIFEST}", make_manifest(scratch, "model", manifest["meta"]).model_dump_json().encode())
 
 
 @dataclass
@@ -281,10 +155,10 @@ def kills(here: Plant, gateway: Gateway, requests: int, every_s: float) -> list[
             thread.join()
     results = [info.key for info in store.list("results/") if not info.key.endswith(".json")]
     again = tries_of(gateway)
-    note = f"{killed} kills in {spent:.0f} s; {again} requests were sent more than once by the gateway"
+    note = f"{killed} kills in {spent:.0f} s; {again} were sent more than once by the gateway; {_told(tally.lost)}"
     lost = tally.lost.total() + sum(count for what, count in from_s3.items() if what not in ("right", "wrong"))
     return [
-        measured("kills: images lost", lost, "== 0", n=tally.done + from_s3.total(), note=f"{note}; {_told(tally.lost)}"),
+        measured("kills: images lost", lost, "== 0", n=tally.done + from_s3.total(), note=note),
         measured("kills: wrong bytes", tally.wrong + from_s3["wrong"], "== 0", n=tally.right + from_s3["right"]),
         measured("kills: results kept twice", len(results) - len(set(judge.images)), "== 0", n=from_s3.total()),
         Row("kills: replicas killed", killed, n=requests),
@@ -326,7 +200,7 @@ def rollouts(here: Plant, gateway: Gateway, count: int) -> list[Row]:
         worker.join()
     bad = len(spoils)
     return [
-        measured("roll-outs: failed requests, no retries", tally.lost.total(), "== 0", n=tally.done, note=_told(tally.lost)),
+        measured("roll-outs: failed, no retries", tally.lost.total(), "== 0", n=tally.done, note=_told(tally.lost)),
         measured("roll-outs: wrong bytes for the version named", tally.wrong, "== 0", n=tally.right),
         measured("roll-outs: bad versions kept out of service", kept_out, f"== {bad}", n=count),
         measured("roll-outs: longest until the version is in service", max(swaps), "<= 30", unit="s", n=len(swaps)),
@@ -361,8 +235,8 @@ def store_away(here: Plant, gateway: Gateway, seconds: float) -> list[Row]:
             load(client, judge, lambda _: time.monotonic() < ends, tally, 4)
         finally:
             server.resume()
-    note = f"S3 away for {seconds:.0f} s; {_told(tally.lost)}"
-    return [measured("S3 away: uploads not answered", tally.lost.total() + tally.wrong, "== 0", n=tally.done, note=note)]
+    note, failed = f"S3 away for {seconds:.0f} s; {_told(tally.lost)}", tally.lost.total() + tally.wrong
+    return [measured("S3 away: uploads not answered", failed, "== 0", n=tally.done, note=note)]
 
 
 def malformed(here: Plant, address: str, count: int) -> list[Row]:
