@@ -72,10 +72,7 @@ class MemoryStore(ObjectStore):
         return MemoryStore, (self._objects,)
 
     def get_with_etag(self, key: str) -> tuple[bytes, str]:
-        try:
-            data = self._objects[checked_key(key)]
-        except KeyError:
-            raise ObjectNotFound(missing(self.uri, key)) from None
+        data = self._object(key)
         return data, sha256(data)
 
     def put(self, key: str, data: bytes | Path, *, if_none_match: bool = False, if_match: str | None = None) -> None:
@@ -92,13 +89,19 @@ class MemoryStore(ObjectStore):
             yield ObjectInfo(key, found[key])
 
     def size(self, key: str) -> int:
-        return len(self.get(key))
+        return len(self._object(key))
 
     def delete(self, key: str) -> None:
         self._objects.pop(checked_key(key), None)
 
     def download(self, key: str, path: Path) -> None:
-        path.write_bytes(self.get(key))
+        path.write_bytes(self._object(key))
+
+    def _object(self, key: str) -> bytes:
+        try:
+            return self._objects[checked_key(key)]
+        except KeyError:
+            raise ObjectNotFound(missing(self.uri, key)) from None
 
 
 def sha256(data: bytes) -> str:

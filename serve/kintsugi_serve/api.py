@@ -4,7 +4,6 @@ import asyncio
 import base64
 import hashlib
 import importlib.resources
-import itertools
 import logging
 import re
 import time
@@ -15,9 +14,9 @@ from fastapi import FastAPI, Query, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.datastructures import UploadFile
 
-from kintsugi import errors
 from kintsugi.storage import ObjectStore, open_store
 from kintsugi_serve.edge import Edge, Metrics, handle_errors
+from kintsugi_serve.places import Places
 from kintsugi_serve.schemas import (
     Answer,
     Backend,
@@ -26,12 +25,9 @@ from kintsugi_serve.schemas import (
     LoadedModel,
     Refusal,
     Rejection,
-    S3Address,
     S3Request,
     S3Result,
     Settings,
-    allowed_address,
-    writable_address,
 )
 
 logger = logging.getLogger(__name__)
@@ -39,36 +35,6 @@ logger = logging.getLogger(__name__)
 READY_FOR_S = 10.0
 # curl --data-binary says x-www-form-urlencoded of everything; what the bytes are is decided by their magic number.
 _RAW_TYPES = ("", "application/octet-stream", "binary/octet-stream", "application/x-www-form-urlencoded")
-
-
-class Places:
-    """The objects that the S3 route may touch."""
-
-    def __init__(self, settings: Settings, open_root: Callable[[str], ObjectStore]) -> None:
-        self._settings = settings
-        self._stores = {root.rstrip("/"): open_root(root.rstrip("/")) for root in settings.roots}
-
-    def read(self, address: S3Address) -> bytes:
-        """The object's bytes; its size is looked at first."""
-        store, limit = self._stores[address.root], self._settings.max_body_bytes
-        found = itertools.islice(store.list(address.key), 1000)
-        size = next((info.size for info in found if info.key == address.key), None)
-        if size is None:
-            raise Refusal("not_found", f"there is no {address.root}/{address.key}")
-        if size > limit:
-            raise Refusal("too_large", f"{address.root}/{address.key} has {size} bytes, more than {limit}")
-        return store.get(address.key)
-
-    def write_once(self, address: S3Address, data: bytes) -> bool:
-        """Whether the object is new; False where the same bytes were there. Never overwrites other bytes."""
-        store = self._stores[address.root]
-        try:
-            store.put(address.key, data, if_none_match=True)
-        except errors.PreconditionFailed:
-            if store.get(address.key) == data:
-                return False
-            raise Refusal("conflict", f"{address.root}/{address.key} holds something else: choose another") from None
-        return True
 
 
 async def read_job(request: Request, white_level: int | None) -> Job:
@@ -162,7 +128,8 @@ def build_api(
     app = FastAPI(title="kintsugi", docs_url=None, redoc_url=None, responses={"4XX": _PROBLEM_RESPONSE})
     app.add_middleware(Edge, settings=settings, metrics=metrics, proxy_echoes_id=proxy_echoes_id)
     handle_errors(app)
-    service = Service(settings, backend, metrics, Places(settings, open_root))
+    places = Places(settings.store, open_root, max_bytes=settings.max_body_bytes)
+    service = Service(settings, backend, metrics, places)
     app.post("/v1/restore", response_class=Response, summary="Restore one image", **_RESTORE_ROUTE)(service.restore)
     app.post("/v1/restore/s3", response_model=S3Result, summary="Restore from S3 to S3")(service.restore_s3)
     app.get("/v1/models", summary="The model in service, and all published ones")(service.models)
@@ -215,9 +182,10 @@ class Service:
         return Response(result.model_dump_json(), headers=headers, media_type="application/json")
 
     async def restore_s3(self, request: Request, response: Response, job: S3Request) -> S3Result:
-        source = allowed_address(job.input, self._settings.roots)
-        mask = allowed_address(job.mask, self._settings.roots) if job.mask is not None else None
-        target = writable_address(job.output, self._settings)
+        roots = self._settings.roots
+        source = self._places.readable(job.input, roots)
+        mask = self._places.readable(job.mask, roots) if job.mask is not None else None
+        target = self._places.writable(job.output, roots)
         image = await asyncio.to_thread(self._places.read, source)
         mask_bytes = await asyncio.to_thread(self._places.read, mask) if mask else None
         answer = await self._restored(Job(image, mask_bytes, job.white_level))

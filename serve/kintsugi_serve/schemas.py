@@ -1,6 +1,5 @@
-"""What crosses the service's boundaries: settings, jobs, answers, S3 addresses, and the table of problems."""
+"""What crosses the service's boundaries: settings, jobs, answers, and the table of problems."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -10,10 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_vali
 from kintsugi.errors import KintsugiError
 from kintsugi.imaging import MAX_PIXELS
 from kintsugi.storage import store_uri_from_environment
-
-RESERVED = ("models", "datasets", "runs")
-_S3_URI = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.+))?")
-_FORBIDDEN = frozenset('%\\@?#*"<>|')
+from kintsugi_serve.addresses import is_root
 
 # code -> (status, title). Clients branch on the code: it never changes its meaning.
 PROBLEMS: dict[str, tuple[int, str]] = {
@@ -30,6 +26,7 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "over_white_level": (422, "The image is brighter than the white level"),
     "mismatch": (422, "Image and mask do not fit together"),
     "mask_required": (422, "This model needs a defect mask"),
+    "rate_limited": (429, "Too many requests"),
     "internal": (500, "The service failed"),
     "store_failed": (502, "The object store refused"),
     "overloaded": (503, "Too many requests wait already"),
@@ -47,7 +44,7 @@ class Refusal(KintsugiError):
         self.code = code
         self.detail = detail
         self.status, self.title = PROBLEMS[code]
-        self.retry_after_s = 1 if retry_after_s is None and self.status == 503 else retry_after_s
+        self.retry_after_s = 1 if retry_after_s is None and self.status in (429, 503) else retry_after_s
 
 
 class Problem(BaseModel):
@@ -97,7 +94,7 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _roots_are_addresses(self) -> "Settings":
         for root in self.s3_roots or ():
-            if not _S3_URI.fullmatch(root) or _unsafe_key(root.rstrip("/").partition("://")[2]):
+            if not is_root(root):
                 raise ValueError(f"s3_roots: {root!r} is not an address: write it as s3://bucket/prefix")
         return self
 
@@ -213,47 +210,3 @@ class JsonResult(BaseModel):
     digest: str
     report: dict[str, Any]
     request_id: str
-
-
-@dataclass(frozen=True)
-class S3Address:
-    """An object below one of the allowed roots: the root's URI and the key under it."""
-
-    root: str
-    key: str
-
-
-def allowed_address(uri: str, roots: tuple[str, ...]) -> S3Address:
-    """The root that holds `uri`, and the key under it.
-
-    Raises:
-        Refusal: `forbidden`, for every address that is not plainly below a root. Nothing is decoded or
-            normalised, since what one reader takes for `..` another takes for a name.
-    """
-    match = _S3_URI.fullmatch(uri)
-    if not match or not match[2] or _unsafe_key(match[2]):
-        raise Refusal("forbidden", "the address must be plain: s3://bucket/key, without '..', '//', '%', '@' or '\\'")
-    for root in roots:
-        base = root.rstrip("/") + "/"
-        if uri.startswith(base):
-            return S3Address(base.rstrip("/"), uri[len(base) :])
-    raise Refusal("forbidden", "the address is outside the places that this service may use")
-
-
-def writable_address(uri: str, settings: Settings) -> S3Address:
-    """As `allowed_address`, and not among the models, datasets and runs of the store."""
-    address = allowed_address(uri, settings.roots)
-    for name in RESERVED:
-        reserved = f"{settings.store.rstrip('/')}/{name}"
-        if uri == reserved or uri.startswith(reserved + "/"):
-            raise Refusal("forbidden", f"results cannot be written below {name}/ of the store")
-    return address
-
-
-def _unsafe_key(key: str) -> bool:
-    return (
-        not key.isprintable()
-        or len(key.encode()) > 1024
-        or any(part in ("", ".", "..") for part in key.split("/"))
-        or not _FORBIDDEN.isdisjoint(key)
-    )
