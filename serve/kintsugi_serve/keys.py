@@ -23,7 +23,7 @@ _OF_NOTHING = hashlib.sha256().hexdigest()
 _REMEDIES = {
     "keys": "list at least one key below 'keys:', or start without a key file",
     "tenant": "give 1 to 63 of a-z, 0-9 and '-', in quotes where it is a number or a word such as 'no'",
-    "sha256": "give the 64 hex digits that 'printf %s KEY | sha256sum' prints",
+    "sha256": "give the 64 hex digits that 'printf %s KEY | sha256sum' prints, in quotes",
     "prefixes": "list them as s3://bucket/prefix/",
     "requests_per_minute": "give a whole number from 1, or leave it out",
     "expires": "give a day such as 2027-01-01, or leave it out",
@@ -130,12 +130,11 @@ def sha256_of(key: str) -> str:
 
 
 def _explain(error: Any) -> str:
-    message = str(error["msg"]).removeprefix("Value error, ")
-    place, field = "", ""
-    for part in error["loc"]:
-        place += f"[{part}]" if isinstance(part, int) else f".{part}" if place else str(part)
-        field = field if isinstance(part, int) else str(part)
-    if error["type"] == "extra_forbidden":
+    message, location = str(error["msg"]).removeprefix("Value error, "), error["loc"]
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
+    place = place if place.isprintable() else repr(place)
+    field = next((part for part in reversed(location) if isinstance(part, str)), "")
+    if error["type"] in ("extra_forbidden", "invalid_key"):
         return f"{place}: no such setting, take it out or correct its name"
     if not place:
         return message if error["type"] == "value_error" else f"must hold a mapping: {_REMEDIES['keys']}"
