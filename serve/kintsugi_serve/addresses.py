@@ -40,8 +40,7 @@ def is_root(uri: str) -> bool:
 
 def is_below(uri: str, root: str) -> bool:
     """Whether the plain `uri` names an object in `root`; `s3://plant/line-33/x` is not below `s3://plant/line-3`."""
-    base = root.rstrip("/") + "/"
-    return uri.startswith(base) and len(uri) > len(base) and _normal(uri).startswith(_normal(base))
+    return uri.startswith(root.rstrip("/") + "/")
 
 
 def area_of(uri: str, root: str, names: Iterable[str]) -> str | None:
