@@ -48,6 +48,7 @@ COMMANDS: Table = {
     "models rollback": ("kintsugi.commands.models:rollback", "Point an alias back at the version before."),
     "restore": ("kintsugi.commands.restore:restore", "Restore an image file or a folder, here or by a service."),
     "serve": ("kintsugi_serve.commands:serve", "Serve a model over HTTP with Ray Serve."),
+    "serve key": ("kintsugi_serve.commands:key", "Make a key for callers of the service."),
 }
 GROUPS = {
     "data": "Datasets: build and inspect.",

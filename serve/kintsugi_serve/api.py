@@ -2,9 +2,9 @@
 
 import asyncio
 import base64
+import functools
 import hashlib
 import importlib.resources
-import itertools
 import logging
 import re
 import time
@@ -15,55 +15,26 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from kintsugi import errors
-from kintsugi.storage import ObjectStore, open_store
+from kintsugi.storage import ObjectStore, open_store, sha256
 from kintsugi_serve.edge import Edge, Metrics, handle_errors
 from kintsugi_serve.jobs import Answer, Backend, Job, LoadedModel, Rejection, Serving
+from kintsugi_serve.places import Places
 from kintsugi_serve.requests import DefectMap, Embed, ModelName, Repeats, WhiteLevel, read_job
-from kintsugi_serve.schemas import (
-    JsonResult,
-    Refusal,
-    S3Address,
-    S3Request,
-    S3Result,
-    Settings,
-    allowed_address,
-    writable_address,
-)
+from kintsugi_serve.results import Results, StoredResult, result_key
+from kintsugi_serve.schemas import JsonResult, Refusal, S3Request, S3Result, Settings
 
 logger = logging.getLogger(__name__)
 
 READY_FOR_S = 10.0
-
-
-class Places:
-    """The objects that the S3 route may touch."""
-
-    def __init__(self, settings: Settings, open_root: Callable[[str], ObjectStore]) -> None:
-        self._settings = settings
-        self._stores = {root.rstrip("/"): open_root(root.rstrip("/")) for root in settings.roots}
-
-    def read(self, address: S3Address) -> bytes:
-        """The object's bytes; its size is looked at first."""
-        store, limit = self._stores[address.root], self._settings.max_body_bytes
-        found = itertools.islice(store.list(address.key), 1000)
-        size = next((info.size for info in found if info.key == address.key), None)
-        if size is None:
-            raise Refusal("not_found", f"there is no {address.root}/{address.key}")
-        if size > limit:
-            raise Refusal("too_large", f"{address.root}/{address.key} has {size} bytes, more than {limit}")
-        return store.get(address.key)
-
-    def write_once(self, address: S3Address, data: bytes) -> bool:
-        """Whether the object is new; False where the same bytes were there. Never overwrites other bytes."""
-        store = self._stores[address.root]
-        try:
-            store.put(address.key, data, if_none_match=True)
-        except errors.PreconditionFailed:
-            if store.get(address.key) == data:
-                return False
-            raise Refusal("conflict", f"{address.root}/{address.key} holds something else: choose another") from None
-        return True
+_FACT_HEADERS = {
+    "Model": "model",
+    "Model-Digest": "digest",
+    "Defect-Retention": "retention",
+    "Alarm": "alarm",
+    "Input-SHA256": "input_sha256",
+    "Output-SHA256": "output_sha256",
+}
+_AUDITED = ("model", "input_sha256", "output_sha256")
 
 
 def answer_headers(answer: Answer) -> dict[str, str]:
@@ -135,7 +106,9 @@ def build_api(
     app = FastAPI(title="kintsugi", docs_url=None, redoc_url=None, responses={"4XX": _PROBLEM_RESPONSE})
     app.add_middleware(Edge, settings=settings, metrics=metrics, proxy_echoes_id=proxy_echoes_id)
     handle_errors(app)
-    service = Service(settings, backend, metrics, Places(settings, open_root))
+    places = Places(settings.store, open_root, max_bytes=settings.max_body_bytes)
+    results = functools.cache(lambda: Results(open_root(settings.store)))
+    service = Service(settings, backend, metrics, places, results)
     app.post("/v1/restore", response_class=Response, summary="Restore one image", **_RESTORE_ROUTE)(service.restore)
     app.post("/v1/restore/s3", response_model=S3Result, summary="Restore from S3 to S3")(service.restore_s3)
     app.get("/v1/models", summary="The model in service, and all published ones")(service.models)
@@ -165,11 +138,13 @@ class Service:
         backend: Backend,
         metrics: Metrics,
         places: Places,
+        results: Callable[[], Results],
     ) -> None:
         self._settings = settings
         self._backend = backend
         self._metrics = metrics
         self._places = places
+        self._results = results
         self._repeats = Repeats()
         self._answered: tuple[float, LoadedModel] | None = None
 
@@ -184,7 +159,7 @@ class Service:
         as_json = "application/json" in request.headers.get("accept", "")
         asked = Job(b"", None, white_level, model, embed=embed, defect_map=defect_map and as_json)
         job = await read_job(request, asked)
-        await self._repeats.check(request.state.tenant, request.headers, job)
+        await self._repeats.check(request.state.caller.tenant, request.headers, job)
         answer = await self._restored(request, job)
         headers = answer_headers(answer)
         if not as_json:
@@ -204,26 +179,50 @@ class Service:
         return Response(result.model_dump_json(), headers=headers, media_type="application/json")
 
     async def restore_s3(self, request: Request, response: Response, job: S3Request) -> S3Result:
-        source = allowed_address(job.input, self._settings.roots)
-        mask = allowed_address(job.mask, self._settings.roots) if job.mask is not None else None
-        output = job.output or ""
-        target = writable_address(output, self._settings)
+        """From S3 to S3, or to where results are kept; the same question again gets the same result."""
+        prefixes = request.state.caller.prefixes
+        source = self._places.readable(job.input, prefixes)
+        mask = self._places.readable(job.mask, prefixes) if job.mask is not None else None
+        target = self._places.writable(job.output, prefixes) if job.output is not None else None
         image = await asyncio.to_thread(self._places.read, source)
         mask_bytes = await asyncio.to_thread(self._places.read, mask) if mask else None
-        answer = await self._restored(request, Job(image, mask_bytes, job.white_level, job.model))
-        created = await asyncio.to_thread(self._places.write_once, target, answer.image)
-        response.headers.update(answer_headers(answer))
+        kept, created = await self._kept(request, Job(image, mask_bytes, job.white_level, job.model))
+        if target:
+            created = await asyncio.to_thread(self._places.write_once, target, kept.image)
+        response.headers.update({f"X-Kintsugi-{name}": kept.facts[key] for name, key in _FACT_HEADERS.items()})
         return S3Result(
-            output=output,
+            output=target.uri if target else kept.uri,
             created=created,
-            model=answer.model.label,
-            digest=answer.model.digest,
-            report=answer.report,
-            result=output,
-            input_sha256=answer.input_sha256,
-            output_sha256=answer.output_sha256,
+            result=kept.uri,
             request_id=request.state.request_id,
+            **{name: kept.facts[name] for name in ("model", "digest", "report", "input_sha256", "output_sha256")},
         )
+
+    async def _kept(self, request: Request, job: Job) -> tuple[StoredResult, bool]:
+        """The result under the address of its question, and whether it was made just now."""
+        taken = await asyncio.to_thread(sha256, job.image)
+        params = {"white_level": job.white_level, "mask": sha256(job.mask) if job.mask else None}
+
+        def key_for(digest: str) -> str:
+            return result_key(request.state.caller.tenant, taken, digest, params)
+
+        version = await self._backend.resolve(job.model)
+        found = await asyncio.to_thread(self._results().find, key_for(version.digest))
+        if found is not None:
+            request.state.audit.update({name: found.facts[name] for name in _AUDITED}, repeated=True)
+            return found, False
+        answer = await self._restored(request, job)
+        facts = {
+            "model": answer.model.label,
+            "digest": answer.model.digest,
+            "input_sha256": answer.input_sha256,
+            "output_sha256": answer.output_sha256,
+            "retention": f"{answer.retention:.4f}",
+            "alarm": "true" if answer.alarm else "false",
+            "report": answer.report,
+        }
+        # By the version that answered: another one may have come into service meanwhile.
+        return await asyncio.to_thread(self._results().keep, key_for(answer.model.digest), answer.image, facts)
 
     async def models(self) -> dict[str, Any]:
         serving = await self._described()

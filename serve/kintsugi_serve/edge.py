@@ -1,9 +1,7 @@
 """The edge of the service: admission (key, size, request id), metrics, and every error as a problem."""
 
 import asyncio
-import base64
-import hashlib
-import hmac
+import ipaddress
 import json
 import logging
 import re
@@ -23,6 +21,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kintsugi import errors
+from kintsugi_serve.callers import Caller, Callers
 from kintsugi_serve.jobs import Answer, Serving
 from kintsugi_serve.requests import budget_s
 from kintsugi_serve.schemas import PROBLEMS, Problem, Refusal, Settings
@@ -158,6 +157,7 @@ class Edge:
         self._metrics = metrics
         self._proxy_echoes_id = proxy_echoes_id
         self._grace_s = grace_s
+        self._callers = Callers(settings.keys, settings.roots)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -172,13 +172,13 @@ class Edge:
         )
         audit: dict[str, Any] = {}
         state = scope.setdefault("state", {})
-        state.update(request_id=exchange.request_id, tenant="", audit=audit)
+        state.update(request_id=exchange.request_id, caller=Caller(""), audit=audit)
         receive, send = exchange.receiver(receive), exchange.sender(send)
         self._metrics.ongoing.inc()
         try:
             budget = budget_s(headers, self._settings.timeout_s)
             state["deadline"] = time.monotonic() + budget
-            state["tenant"] = self._admit(scope["path"], headers, limit)
+            state["caller"] = self._admit(scope, headers, limit)
             # The work has its own end; this one is for bodies that do not arrive.
             async with asyncio.timeout(budget + self._grace_s):
                 await self.app(scope, receive, send)
@@ -193,16 +193,18 @@ class Edge:
             self._metrics.ongoing.dec()
             self._record(scope, exchange)
 
-    def _admit(self, path: str, headers: Headers, limit: int) -> str:
-        """The caller's tenant."""
-        if path not in OPEN_PATHS and not key_is_known(headers, self._settings.api_key_sha256):
-            raise Refusal("unauthorized", "send a known key as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
+    def _admit(self, scope: Scope, headers: Headers, limit: int) -> Caller:
+        caller = Caller("")
+        if scope["path"] not in OPEN_PATHS:
+            if not self._settings.keys and not _is_local(scope):
+                raise Refusal("forbidden", "this service knows no keys, so it answers its own machine only")
+            caller = self._callers.admit(headers)
         length = headers.get("content-length", "0")
         if not length.isdecimal():
             raise Refusal("bad_request", "Content-Length must be a number")
         if int(length) > limit:
             raise Refusal("too_large", f"the body of {length} bytes is larger than {limit} bytes")
-        return "local"
+        return caller
 
     def _record(self, scope: Scope, exchange: Exchange) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
@@ -217,7 +219,7 @@ class Edge:
         line = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "request_id": exchange.request_id,
-            "tenant": state["tenant"],
+            "tenant": state["caller"].tenant,
             "method": scope["method"],
             "route": route,
             "status": status,
@@ -229,28 +231,12 @@ class Edge:
         audit_logger.info("%s", json.dumps(line))
 
 
-def key_is_known(headers: Mapping[str, str], hashes: tuple[str, ...]) -> bool:
-    """Whether the request carries a key whose SHA-256 is among `hashes`; always, where there are none.
-
-    The password of HTTP Basic counts as a key too: that is what a browser can ask a person for.
-    """
-    if not hashes:
+def _is_local(scope: Scope) -> bool:
+    """Whether the request comes from this machine, or from within the process."""
+    try:
+        return scope.get("client") is None or ipaddress.ip_address(scope["client"][0]).is_loopback
+    except ValueError:  # no address: a client within the process
         return True
-    digest = hashlib.sha256(_given_key(headers).encode()).hexdigest()
-    # A list, not a generator: every key is compared, so that the time tells nothing.
-    return any([hmac.compare_digest(digest, known) for known in hashes])  # noqa: C419
-
-
-def _given_key(headers: Mapping[str, str]) -> str:
-    scheme, _, value = headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer":
-        return value.strip()
-    if scheme.lower() == "basic":
-        try:
-            return base64.b64decode(value, validate=True).decode().partition(":")[2]
-        except ValueError:
-            return ""
-    return headers.get("x-api-key", "")
 
 
 def code_of(error: Exception) -> str:
@@ -271,7 +257,7 @@ def problem_of(error: Exception, request_id: str) -> Response:
     headers: dict[str, str] = {}
     if status == 401:
         headers["WWW-Authenticate"] = 'Basic realm="kintsugi", charset="UTF-8"'
-    if status == 503:
+    if status in (429, 503):
         headers["Retry-After"] = str(getattr(error, "retry_after_s", None) or 1)
     problem = Problem(title=title, status=status, detail=detail, code=code, request_id=request_id)
     return Response(problem.model_dump_json(), status, headers, "application/problem+json")

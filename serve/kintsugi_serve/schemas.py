@@ -1,19 +1,15 @@
-"""What crosses the service's boundaries: settings, jobs, answers, S3 addresses, and the table of problems."""
+"""What crosses the service's boundaries: settings, jobs, answers, and the table of problems."""
 
-import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from kintsugi.errors import KintsugiError
 from kintsugi.imaging import MAX_PIXELS
 from kintsugi.storage import store_uri_from_environment
-
-RESERVED = ("models", "datasets", "runs")
-_S3_URI = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.+))?")
-_FORBIDDEN = frozenset('%\\@?#*"<>|')
+from kintsugi_serve.addresses import is_root
+from kintsugi_serve.keys import Key, check_keys
 
 # code -> (status, title). Clients branch on the code: it never changes its meaning.
 PROBLEMS: dict[str, tuple[int, str]] = {
@@ -33,6 +29,7 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "poison": (422, "This image ended its reader before"),
     "digest_mismatch": (400, "The body is not what its digest says"),
     "mask_required": (422, "This model needs a defect mask"),
+    "rate_limited": (429, "Too many requests"),
     "internal": (500, "The service failed"),
     "store_failed": (502, "The object store refused"),
     "overloaded": (503, "Too many requests wait already"),
@@ -50,7 +47,7 @@ class Refusal(KintsugiError):
         self.code = code
         self.detail = detail
         self.status, self.title = PROBLEMS[code]
-        self.retry_after_s = 1 if retry_after_s is None and self.status == 503 else retry_after_s
+        self.retry_after_s = 1 if retry_after_s is None and self.status in (429, 503) else retry_after_s
 
 
 class Problem(BaseModel):
@@ -73,9 +70,7 @@ class Settings(BaseModel):
     s3_roots: tuple[str, ...] | None = Field(
         default=None, description="s3://bucket/prefix that the S3 route may read and write; default: the store"
     )
-    api_key_sha256: tuple[Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")], ...] = Field(
-        default=(), description="SHA-256 of the accepted keys; none: no key is asked for"
-    )
+    keys: tuple[Key, ...] = Field(default=(), description="hashes of the keys that open it; none: for its machine only")
     max_body_bytes: int = Field(default=64 * 2**20, ge=1024)
     max_pixels: int = Field(default=MAX_PIXELS, ge=1)
     timeout_s: float = Field(default=60, gt=0, description="until the ingress gives up on a replica")
@@ -93,6 +88,12 @@ class Settings(BaseModel):
             return self.s3_roots
         return (self.store,) if self.store.startswith("s3://") else ()
 
+    @field_validator("keys")
+    @classmethod
+    def _keys_agree(cls, keys: tuple[Key, ...]) -> tuple[Key, ...]:
+        check_keys(keys)
+        return keys
+
     @field_validator("store")
     @classmethod
     def _folder_is_absolute(cls, store: str) -> str:
@@ -102,7 +103,7 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _roots_are_addresses(self) -> "Settings":
         for root in self.s3_roots or ():
-            if not _S3_URI.fullmatch(root) or _unsafe_key(root.rstrip("/").partition("://")[2]):
+            if not is_root(root):
                 raise ValueError(f"s3_roots: {root!r} is not an address: write it as s3://bucket/prefix")
         return self
 
@@ -176,47 +177,3 @@ class JsonResult(BaseModel):
     timing_ms: dict[str, float]
     defect_map: str | None = Field(None, description="base64 of an 8-bit grey PNG: probability of a defect, 255 is 1")
     request_id: str
-
-
-@dataclass(frozen=True)
-class S3Address:
-    """An object below one of the allowed roots: the root's URI and the key under it."""
-
-    root: str
-    key: str
-
-
-def allowed_address(uri: str, roots: tuple[str, ...]) -> S3Address:
-    """The root that holds `uri`, and the key under it.
-
-    Raises:
-        Refusal: `forbidden`, for every address that is not plainly below a root. Nothing is decoded or
-            normalised, since what one reader takes for `..` another takes for a name.
-    """
-    match = _S3_URI.fullmatch(uri)
-    if not match or not match[2] or _unsafe_key(match[2]):
-        raise Refusal("forbidden", "the address must be plain: s3://bucket/key, without '..', '//', '%', '@' or '\\'")
-    for root in roots:
-        base = root.rstrip("/") + "/"
-        if uri.startswith(base):
-            return S3Address(base.rstrip("/"), uri[len(base) :])
-    raise Refusal("forbidden", "the address is outside the places that this service may use")
-
-
-def writable_address(uri: str, settings: Settings) -> S3Address:
-    """As `allowed_address`, and not among the models, datasets and runs of the store."""
-    address = allowed_address(uri, settings.roots)
-    for name in RESERVED:
-        reserved = f"{settings.store.rstrip('/')}/{name}"
-        if uri == reserved or uri.startswith(reserved + "/"):
-            raise Refusal("forbidden", f"results cannot be written below {name}/ of the store")
-    return address
-
-
-def _unsafe_key(key: str) -> bool:
-    return (
-        not key.isprintable()
-        or len(key.encode()) > 1024
-        or any(part in ("", ".", "..") for part in key.split("/"))
-        or not _FORBIDDEN.isdisjoint(key)
-    )

@@ -287,7 +287,7 @@ def test_a_failing_store_is_a_problem_that_names_no_insides(
     echo: Any, error: Exception, status: int, code: str
 ) -> None:
     class Broken(MemoryStore):
-        def list(self, prefix: str = "") -> Any:
+        def size(self, key: str) -> int:
             raise error
 
     client = TestClient(build_api(Settings(store=ROOT), echo, open_root=lambda _: Broken()))

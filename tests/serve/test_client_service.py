@@ -1,7 +1,6 @@
 """The client, its command and its guide against a real server on a real socket, which also fails as networks do."""
 
 import contextlib
-import hashlib
 import json
 import re
 import socket
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from kintsugi import cli, imaging
 from kintsugi_serve.api import build_api
 from kintsugi_serve.client import Client, RetryBudget, ServiceError
+from kintsugi_serve.keys import Key, sha256_of
 from kintsugi_serve.schemas import Refusal, Settings
 
 KEY = "a-key-of-the-line"
@@ -290,7 +290,7 @@ def test_an_endpoint_that_is_none_is_told(folder: Path, capsys: pytest.CaptureFi
 def test_the_key_comes_from_the_environment(
     echo: Any, settings: Settings, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    guarded = settings.model_copy(update={"api_key_sha256": (hashlib.sha256(KEY.encode()).hexdigest(),)})
+    guarded = settings.model_copy(update={"keys": (Key(tenant="line", sha256=sha256_of(KEY)),)})
     monkeypatch.delenv("KINTSUGI_API_KEY", raising=False)
     with _served(build_api(guarded, echo)) as port:
         words = ("restore", str(folder / "parts/a.png"), str(folder / "out.png"), "--force")

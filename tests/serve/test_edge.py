@@ -13,6 +13,7 @@ from fastapi.testclient import TestClient
 from kintsugi import errors
 from kintsugi_serve.api import build_api
 from kintsugi_serve.edge import ERROR_CODES, Edge, Metrics, code_of, problem_of
+from kintsugi_serve.keys import Key
 from kintsugi_serve.schemas import PROBLEMS, Settings
 
 KEY = "a key of the line"
@@ -27,7 +28,12 @@ def client(echo: Any) -> TestClient:
 
 @pytest.fixture
 def guarded(echo: Any) -> TestClient:
-    return TestClient(build_api(Settings(store="/nowhere", api_key_sha256=("0" * 64, HASH)), echo))
+    return TestClient(
+        build_api(
+            Settings(store="/nowhere", keys=(Key(tenant="other", sha256="0" * 64), Key(tenant="line", sha256=HASH))),
+            echo,
+        )
+    )
 
 
 def _endless(chunks: int, seen: list[int]) -> Iterator[bytes]:
