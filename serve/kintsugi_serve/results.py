@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from kintsugi.errors import IntegrityError, ObjectNotFound, PreconditionFailed, StoreError
+from kintsugi.errors import IntegrityError, ObjectNotFound, PreconditionFailed, StoreError, StoreUnavailable
 from kintsugi.retry import persist
 from kintsugi.storage import ObjectStore, sha256
 from kintsugi_serve.keys import TENANT
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 AREA = "results"
 _KEY = re.compile(rf"{AREA}/{TENANT}(/[0-9a-f]{{64}}){{3}}")
-_CREATE_S = 10.0
+CREATE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,11 @@ class _Record(BaseModel):
 
 
 class Results:
-    """The results in one store."""
+    """The results in one store; a write is tried for `seconds` while the store does not answer."""
 
-    def __init__(self, store: ObjectStore) -> None:
+    def __init__(self, store: ObjectStore, *, seconds: float = CREATE_S) -> None:
         self._store = store
+        self._seconds = seconds
 
     def find(self, key: str) -> StoredResult | None:
         """The result under `key`, or None.
@@ -84,7 +85,7 @@ class Results:
         return result, there is None
 
     def _create(self, key: str, data: bytes) -> bytes | None:
-        return create(self._store, key, data, lambda: self._store.get(key))
+        return create(self._store, key, data, lambda: self._store.get(key), seconds=self._seconds)
 
     def _with_facts(self, key: str, image: bytes) -> StoredResult:
         try:
@@ -123,8 +124,11 @@ def digest_of(document: Mapping[str, Any]) -> str:
     return sha256(_canonical(document))
 
 
-def create(store: ObjectStore, key: str, data: bytes, look: Callable[[], T]) -> T | None:
-    """None where `data` is the object now; else what `look` says of the one that was there first."""
+def create(store: ObjectStore, key: str, data: bytes, look: Callable[[], T], *, seconds: float = CREATE_S) -> T | None:
+    """None where `data` is the object now; else what `look` says of the one that was there first.
+
+    Tried for `seconds`. After a lost answer the object that is found may be the one that was sent.
+    """
 
     def once() -> T | None:
         try:
@@ -134,7 +138,7 @@ def create(store: ObjectStore, key: str, data: bytes, look: Callable[[], T]) -> 
         return None
 
     # S3 also refuses one of two that write at the same time (409), and the other may not be done yet, or fail.
-    return persist(once, ObjectNotFound, seconds=_CREATE_S, first=0.1)
+    return persist(lambda: persist(once, ObjectNotFound, seconds=seconds, first=0.1), StoreUnavailable, seconds=seconds)
 
 
 def _encoded(image: bytes, facts: Mapping[str, Any]) -> bytes:

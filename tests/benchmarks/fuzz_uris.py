@@ -80,11 +80,8 @@ def hostile_rows(count: int, seed: int) -> Iterator[Row]:
     )
     for name in CHECKS:
         goal = "== 0" if name in OURS else ">= 1"
-        note = (
-            f"of {accepted[name]} accepted; {examples[name]!r:.60}"
-            if name in examples
-            else f"of {accepted[name]} accepted"
-        )
+        example = f"; {examples[name]!a:.60}" if name in examples else ""
+        note = f"of {accepted[name]} accepted{example}"
         yield measured(f"escapes: {name}", escaped[name], goal, n=count * len(TENANTS), note=note)
 
 

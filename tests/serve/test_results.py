@@ -161,7 +161,7 @@ def test_a_writer_that_dies_before_the_end_leaves_no_result_and_the_next_one_hea
     writes: int, image: bytes
 ) -> None:
     store = Failing(writes)
-    results = Results(store)
+    results = Results(store, seconds=0)
     with pytest.raises(StoreUnavailable):
         results.keep(KEY, b"image", FACTS)
     assert results.find(KEY) is None
@@ -176,7 +176,7 @@ def test_a_writer_that_dies_before_the_end_leaves_no_result_and_the_next_one_hea
 def test_a_writer_that_was_only_slow_does_not_spoil_the_result_of_the_next_one() -> None:
     store = Failing(1)
     with pytest.raises(StoreUnavailable):
-        Results(store).keep(KEY, b"slow", {"from": "slow"})
+        Results(store, seconds=0).keep(KEY, b"slow", {"from": "slow"})
     store.writes = 9
     quick, _ = Results(store).keep(KEY, b"quick", {"from": "quick"})
     # The slow one goes on where it was.
@@ -188,10 +188,10 @@ def test_a_writer_that_was_only_slow_does_not_spoil_the_result_of_the_next_one()
 def test_the_slow_writer_may_also_come_first_and_then_wins_whole() -> None:
     store = Failing(1)
     with pytest.raises(StoreUnavailable):
-        Results(store).keep(KEY, b"slow", {"from": "slow"})
+        Results(store, seconds=0).keep(KEY, b"slow", {"from": "slow"})
     store.writes = 1
     with pytest.raises(StoreUnavailable):
-        Results(store).keep(KEY, b"quick", {"from": "quick"})
+        Results(store, seconds=0).keep(KEY, b"quick", {"from": "quick"})
     store.writes = 9
     store.put(KEY, b"slow", if_none_match=True)
     kept, created = Results(store).keep(KEY, b"quick", {"from": "quick"})
@@ -214,6 +214,26 @@ def test_a_writer_whom_s3_refuses_for_one_that_then_fails_writes_after_all() -> 
     store.refused = set()
     assert Results(store).keep(KEY, b"image", FACTS)[1] is True
     assert len(store.refused) == 2
+
+
+def test_a_store_that_is_away_for_a_moment_or_whose_answers_get_lost_costs_no_result() -> None:
+    class Lossy(MemoryStore):
+        turns = 0
+
+        def put(
+            self, key: str, data: bytes | Path, *, if_none_match: bool = False, if_match: str | None = None
+        ) -> None:
+            self.turns += 1
+            if self.turns % 3 == 1:
+                raise StoreUnavailable("away")
+            super().put(key, data, if_none_match=if_none_match, if_match=if_match)
+            if self.turns % 3 == 2:
+                raise StoreUnavailable("done, but the answer is lost")
+
+    store = Lossy()
+    kept, _ = Results(store).keep(KEY, b"image", FACTS)
+    assert kept == Results(store).find(KEY)
+    assert len(_names(store)) == 2
 
 
 # ---------------------------------------------------------------------------- damage
@@ -286,7 +306,7 @@ def test_facts_that_were_lost_are_written_again_by_whoever_made_the_same_image(o
 def test_damaged_facts_keep_an_image_from_being_published_with_them() -> None:
     store = Failing(1)
     with pytest.raises(StoreUnavailable):
-        Results(store).keep(KEY, b"image", FACTS)
+        Results(store, seconds=0).keep(KEY, b"image", FACTS)
     store.writes = 9
     _damaged("facts cut off", store)
     with pytest.raises(IntegrityError):
