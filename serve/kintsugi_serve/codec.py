@@ -25,11 +25,10 @@ from kintsugi import imaging
 from kintsugi.errors import ImageError, KintsugiError
 from kintsugi_serve import codec_child
 from kintsugi_serve.codec_child import Decoded, receive_head, receive_into, send
+from kintsugi_serve.codec_ledger import Ledger
 
 logger = logging.getLogger(__name__)
 
-STRIKES = 2
-"""An image that ended so many children is not tried again."""
 _INHERITED = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH", "PYTHONHOME")
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TIFFFILE_NUM_THREADS"), "1")
 
@@ -91,7 +90,7 @@ class Decoder:
         loop = asyncio.get_running_loop()
         work = loop.run_in_executor(self._threads, self._decode, slot, job)
         # Only when the child has answered, whoever still waits for it, may it get the next image.
-        work.add_done_callback(lambda _: self._release(loop, slot))
+        work.add_done_callback(lambda done: self._release(loop, slot, done))
         return await asyncio.shield(work)
 
     def close(self) -> None:
@@ -101,7 +100,9 @@ class Decoder:
         for slot in self._all:
             slot.empty()
 
-    def _release(self, loop: asyncio.AbstractEventLoop, slot: "_Slot") -> None:
+    def _release(self, loop: asyncio.AbstractEventLoop, slot: "_Slot", done: "asyncio.Future[Decoded]") -> None:
+        if not done.cancelled():
+            done.exception()  # else asyncio would complain of what a caller that went away never heard
         worn = slot.worn or slot.images >= self._images_per_child
         if (slot.child is None or worn) and not self._nursery.closed:
             renewal = loop.run_in_executor(self._threads, self._renew, slot)
@@ -122,7 +123,7 @@ class Decoder:
         return slot.child
 
     def _decode(self, slot: "_Slot", job: "_Job") -> Decoded:
-        if self._ledger is not None and self._ledger.refuses(job):
+        if self._ledger is not None and not self._ledger.empty() and self._ledger.refuses(job.sha256):
             raise ImageError(
                 "poison",
                 "this image ended the decoder twice before and is not tried again: save it anew from its source",
@@ -143,61 +144,12 @@ class Decoder:
     def _blame(self, job: "_Job", cause: str) -> ImageError:
         logger.warning("an image of %d bytes ended its decoder (%s)", len(job.image), cause)
         if self._ledger is not None:
-            self._ledger.record(job, cause)
+            self._ledger.record(job.sha256, cause)
         if cause == "timeout":
             return ImageError(
                 "undecodable", f"the image was not decoded within {self._timeout_s:g} s, which ended it: save it anew"
             )
         return ImageError("undecodable", f"the image ended its decoder ({cause}): it is damaged, save it anew")
-
-
-class Ledger:
-    """A folder that remembers the images that ended a decoder: an empty file for each time, named by SHA-256.
-
-    Decoders of several processes may share it. It keeps the latest `limit` entries, and each for `keep_s` seconds,
-    as a machine that was only slow must not shut an image out for ever.
-    """
-
-    def __init__(self, folder: Path, *, limit: int = 1000, keep_s: float = 24 * 3600) -> None:
-        self._folder = folder
-        self._limit = limit
-        self._keep_s = keep_s
-
-    def refuses(self, job: "_Job") -> bool:
-        """Whether the image, with this mask, ended `STRIKES` decoders."""
-        try:
-            with os.scandir(self._folder) as entries:
-                if next(entries, None) is None:
-                    return False
-            return all(self._counts(path) for path in self._paths(job))
-        except OSError:
-            return False
-
-    def record(self, job: "_Job", cause: str) -> None:
-        """Note that the image ended a decoder. A ledger that cannot be written is a line in the log, no more."""
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._forget()
-            for path in self._paths(job):
-                with contextlib.suppress(FileExistsError), path.open("x") as file:
-                    file.write(cause + "\n")
-                    return
-        except OSError as error:
-            logger.warning("the ledger of images that ended a decoder cannot be written (%s)", error)
-
-    def _counts(self, path: Path) -> bool:
-        return path.exists() and time.time() - path.stat().st_mtime < self._keep_s
-
-    def _forget(self) -> None:
-        """Remove what is too old, and the oldest of what is too many."""
-        entries = sorted(((path.stat().st_mtime, path) for path in self._folder.iterdir()), reverse=True)
-        for place, (_, path) in enumerate(entries, 1):
-            if place >= self._limit or not self._counts(path):
-                path.unlink(missing_ok=True)
-
-    def _paths(self, job: "_Job") -> list[Path]:
-        digest = job.sha256
-        return [self._folder / f"{digest}.{strike}" for strike in range(1, STRIKES + 1)]
 
 
 class Nursery:

@@ -141,7 +141,8 @@ def _confine(nursery: int, memory_bytes: int) -> None:
     os.dup2(0, 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (_memory()[0] + memory_bytes,) * 2)
+    most = _memory()[0] + memory_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
 def _serve(stream: socket.socket, work: Decode) -> None:
