@@ -49,26 +49,9 @@ def _zipped(dice: random.Random) -> bytes:
 MAGICS = (SIGNATURE, b"\xff\xd8\xff", b"\xff\xd8\xff\xe0\0\x10JFIF\0", b"BM", b"II*\0", b"MM\0*", b"II+\0")
 OTHERS = (
     *(b"GIF87a", b"GIF89a", b"RIFF\xff\0\0\0WEBPVP8 ", b"%PDF-1.7\n", b"<svg xmlns='http://www.w3.org/2000/svg'/>"),
-    *(
-        b"\0\0\0\x1cftypheic",
-        b"\0\0\0\x1cftypavif",
-        b"\0\0\0\x0cjP  \r\n\x87\n",
-        b"\xff\x0a",
-        b"8BPS\0\1",
-        b"P6 9 9 255\n",
-    ),
-    *(
-        b"v/1\x01",
-        b"<!DOCTYPE html>",
-        b"\x7fELF",
-        b"MZ",
-        b"{}",
-        b"\xef\xbb\xbf",
-        b"\x1f\x8b\x08",
-        b"#!/bin/sh\n",
-        b"qoif",
-    ),
-)
+    *(b"\0\0\0\x1cftypheic", b"\0\0\0\x1cftypavif", b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x0a", b"8BPS\0\1", b"P6 9 9 "),
+    *(b"v/1\x01", b"<!DOCTYPE html>", b"\x7fELF", b"{}", b"\xef\xbb\xbf", b"\x1f\x8b\x08", b"#!/bin/sh\n", b"qoif"),
+)  # fmt: skip
 
 FOREIGN: dict[str, Make] = {
     "nothing": lambda d: b"",
@@ -106,27 +89,39 @@ def main() -> int:
 
 
 async def attack(count: int, seed: int) -> list[Row]:
-    """Have `count` files decoded, one after the other."""
-    decoder, process, answers = Decoder(), psutil.Process(), Counter[str]()
-    failed: Counter[str] = Counter()
+    """Have `count` files decoded, and an honest one behind every tenth."""
+    decoder, process, dice = Decoder(), psutil.Process(), random.Random(seed)
     await decoder.start()
     before = process.memory_info().rss
-    for name, data in corpus(count, seed):
-        try:
-            await decoder.decode(data, max_pixels=PIXELS)
-            failed[f"accepted: {name}"] += 1
-        except ImageError as error:
-            answers[error.code] += 1
-            if "ended" in str(error) or ("(" in str(error) and "Error:" in str(error) and "TIFF" not in str(error)):
-                failed[f"{error}: {name}"] += 1
+    answers: Counter[str] = Counter()
+    ended = unforeseen = honest = 0
+    for number, (name, data) in enumerate(corpus(count, seed)):
+        code, sentence = await _answer(decoder, data)
+        answers[code] += 1
+        ended += "ended" in sentence
+        unforeseen += "): save it anew" in sentence
+        if code == "accepted" or "): save it anew" in sentence:
+            print(f"{name}: {code}, {sentence}")
+        if number % 10 == 0:
+            honest += (await _answer(decoder, _image(dice)))[0] == "accepted"
     grown = (process.memory_info().rss - before) / 2**20
     decoder.close()
-    print(*failed, sep="\n")
     return [
-        measured("files that were refused", answers.total(), f"== {count}", n=count, note=str(dict(answers))),
-        measured("files that ended a child", sum("ended" in line for line in failed), "== 0", n=count),
+        measured("files that were accepted", answers["accepted"], "== 0", n=count, note=str(dict(answers))),
+        measured("files that ended a child", ended, "== 0", n=count),
+        measured("files that imaging did not foresee", unforeseen, "== 0", n=count),
+        measured("honest files between them that were accepted", honest, f"== {-(-count // 10)}", n=-(-count // 10)),
         measured("growth of the process that asks", grown, "<= 50", unit="MiB", n=count),
     ]
+
+
+async def _answer(decoder: Decoder, data: bytes) -> tuple[str, str]:
+    """The code and the sentence of the refusal, if it is one."""
+    try:
+        await decoder.decode(data, max_pixels=PIXELS)
+    except ImageError as error:
+        return error.code, str(error)
+    return "accepted", ""
 
 
 if __name__ == "__main__":

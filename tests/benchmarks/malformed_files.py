@@ -141,10 +141,14 @@ def _scan(data: bytes) -> int:
 
 
 def _ended_jpeg(dice: random.Random) -> bytes:
-    """Cut off, and given an end mark as if it were whole."""
+    """Cut off within its first scan, and given an end mark as if it were whole.
+
+    A progressive JPEG without its last scans would be a valid one, only coarser.
+    """
     data = jpeg(dice)
     first = _scan(data)
-    return data[: dice.randrange(first, first + 3 * (len(data) - first) // 4)].rstrip(b"\xff") + b"\xff\xd9"
+    end = min(at for code in b"\xc4\xd9\xda" if (at := data.find(bytes([0xFF, code]), first)) > 0)
+    return data[: dice.randrange(first, first + 3 * (end - first) // 4)].rstrip(b"\xff") + b"\xff\xd9"
 
 
 def _jpeg_frame(change: Callable[[int, int, random.Random], tuple[int, int, int]]) -> Make:

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -21,65 +20,14 @@ from kintsugi import imaging
 from kintsugi.errors import ImageError, KintsugiError
 from kintsugi_serve.codec import Decoder
 from kintsugi_serve.codec_child import memory_needed
-from kintsugi_serve.codec_ledger import Ledger
 
 PIXELS = 1_000_000
-HOSTILE = """
-import json, os, resource, signal, sys
-import numpy as np
-from kintsugi.errors import ImageError
-from kintsugi.imaging import Image
-
-kept = []
-
-def decode(image, mask, white_level, max_pixels):
-    verb, _, word = image.decode().partition(" ")
-    grey = np.full((2, 2), len(image), np.uint8)
-    if verb == "crash":
-        os.kill(os.getpid(), signal.SIGSEGV)
-    elif verb == "swallow":
-        kept.append(np.ones(2**40, np.uint8))
-    elif verb == "nibble":
-        pieces = []
-        while True:
-            pieces.append(bytearray(2**20))
-    elif verb == "keep":
-        kept.append(np.empty(int(word), np.uint8))
-    elif verb == "spin":
-        while True:
-            pass
-    elif verb == "tell-and-spin":
-        open(word, "w").close()
-        while True:
-            pass
-    elif verb == "hang":
-        signal.pause()
-    elif verb == "wait":
-        open(word).read()
-    elif verb == "fail":
-        1 / 0
-    elif verb == "babble":
-        for descriptor in range(3, 16):
-            try:
-                os.write(descriptor, b"\\0\\0\\0\\7{wrong}")
-            except OSError:
-                pass
-    elif verb == "exceed":
-        grey = np.zeros((max_pixels + 1, 1), np.uint8)
-    elif verb == "describe":
-        limits = {name: resource.getrlimit(getattr(resource, name)) for name in ("RLIMIT_CORE", "RLIMIT_FSIZE")}
-        threads = len(os.listdir("/proc/self/task"))
-        facts = {"environment": dict(os.environ), "modules": list(sys.modules), "limits": limits, "threads": threads}
-        raise ImageError("undecodable", json.dumps(facts))
-    return Image(grey, tags=(("pid", str(os.getpid())),)), None
-"""
 
 
 @pytest.fixture
-def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def hostile(monkeypatch: pytest.MonkeyPatch) -> str:
     """A target that does what the image says."""
-    (tmp_path / "hostile_target.py").write_text(HOSTILE)
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(Path(__file__).parent)
     return "hostile_target:decode"
 
 
@@ -252,32 +200,6 @@ def test_an_image_that_merely_cannot_be_decoded_is_never_called_poison(tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_ledger_keeps_the_latest_entries_only_and_leaves_other_files_alone(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path, limit=4)
-    (tmp_path / "notes").write_text("somebody's")
-    digests = [f"{number:064x}" for number in range(3)]
-    for number, digest in enumerate(digests):
-        for strike in (1, 2):
-            ledger.record(digest, "SIGSEGV")
-            os.utime(tmp_path / f"{digest}.{strike}", (number - 10 + time.time(),) * 2)
-    assert [ledger.refuses(digest) for digest in digests] == [False, True, True]
-    assert len(list(tmp_path.iterdir())) == 5
-
-
-def test_the_ledger_forgets_what_is_old(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path, keep_s=100)
-    for _ in range(2):
-        ledger.record("a" * 64, "timeout")
-    assert ledger.refuses("a" * 64)
-    for entry in tmp_path.iterdir():
-        os.utime(entry, (time.time() - 101,) * 2)
-    assert not ledger.refuses("a" * 64)
-    ledger.record("a" * 64, "timeout")
-    assert not ledger.refuses("a" * 64)
-    ledger.record("a" * 64, "timeout")
-    assert ledger.refuses("a" * 64)
-
-
 def test_a_ledger_that_cannot_be_written_stops_nobody(hostile: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
 
@@ -385,6 +307,18 @@ def test_an_image_of_the_largest_size_in_the_most_demanding_file_fits_into_the_m
         assert (image.pixels.shape, mask is not None) == (pixels.shape, True)
 
     _with(one, memory_bytes=memory_needed(4096 * 4096), timeout_s=120)
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_an_image_for_which_its_childs_memory_does_not_suffice_is_too_large(kind: imaging.Format) -> None:
+    data = imaging.encode(imaging.Image(np.zeros((4000, 4000, 3), np.uint16), kind, 65535))
+
+    async def one(decoder: Decoder) -> None:
+        for mask in (None, data):
+            refusal = await _refusal(decoder, data if mask is None else IMAGES["png"](), mask=mask, max_pixels=4000**2)
+            assert (refusal.code, "memory" in str(refusal)) == ("too_large", True)
+
+    _with(one, memory_bytes=2**25)
 
 
 def test_images_are_decoded_again_after_the_nursery_was_killed(hostile: str) -> None:
