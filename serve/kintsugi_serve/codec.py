@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -118,6 +119,10 @@ class Decoder:
             self._fill(slot)
 
     def _fill(self, slot: "_Slot") -> "_Child":
+        if slot.child is not None and slot.child.hung_up():
+            # It ended while it had nothing to do: not the next image's fault.
+            self._nursery.end(slot.child)
+            slot.empty()
         if slot.child is None:
             slot.child = self._nursery.fork()
         return slot.child
@@ -162,22 +167,22 @@ class Nursery:
         self._words = [str(memory_bytes), target]
         self._start_s = start_s
         self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
         self.closed = False
-        self._launch()
 
     def fork(self) -> "_Child":
         """A new child. Raises KintsugiError where there is none."""
         with self._lock:
             if self.closed:
-                raise KintsugiError("the decoder is closed")
+                raise KintsugiError("the decoder is closed: send the image again")
             try:
                 return self._fork()
             except OSError:
                 self._stop()
-                self._launch()
             try:
                 return self._fork()
             except OSError as error:
+                self._stop()
                 raise KintsugiError(f"the decoder's processes do not start ({error}): see the log") from error
 
     def end(self, child: "_Child") -> int | None:
@@ -201,21 +206,23 @@ class Nursery:
         with self._lock:
             self._stop()
 
-    def _launch(self) -> None:
+    def _launch(self) -> "subprocess.Popen[bytes]":
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.settimeout(self._start_s)
         environment = {name: os.environ[name] for name in _INHERITED if name in os.environ}
         with theirs:
-            self._process = subprocess.Popen(
+            return subprocess.Popen(
                 [sys.executable, "-P", "-m", codec_child.__name__, str(theirs.fileno()), *self._words],
                 pass_fds=[theirs.fileno()],
-                env=environment | _ONE_THREAD | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env=environment | _ONE_THREAD | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+                cwd="/",
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,
             )
 
     def _fork(self) -> "_Child":
+        self._process = self._process or self._launch()
         ours, theirs = socket.socketpair()
         with theirs:
             return _Child(ours, self._ask(b"fork", theirs.fileno()), self._process)
@@ -228,9 +235,11 @@ class Nursery:
         return int(answer)
 
     def _stop(self) -> None:
-        self._control.close()
-        self._process.kill()
-        self._process.wait()
+        if self._process is not None:
+            self._control.close()
+            self._process.kill()
+            self._process.wait()
+            self._process = None
 
 
 @dataclass(frozen=True)
@@ -315,6 +324,12 @@ class _Child:
         mask = None if head.mask is None else self._receive(np.empty(head.mask, np.uint8), deadline)
         # A byte that is neither 0 nor 1 would be no boolean.
         return _Reply(head, pixels, None if mask is None else mask != 0)
+
+    def hung_up(self) -> bool:
+        """Whether there is something to hear, though nothing was asked: as a rule, that it ended."""
+        waiting = select.poll()
+        waiting.register(self.stream, select.POLLIN)
+        return bool(waiting.poll(0))
 
     def _receive(self, array: NDArray[Any], deadline: float) -> NDArray[Any]:
         receive_into(self.stream, array.data.cast("B"), deadline)

@@ -18,6 +18,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -89,6 +90,9 @@ def main(control: socket.socket, memory_bytes: int, target: str) -> None:
     """The nursery. A message with a socket asks for a child on it and is answered with its process id; a message
     with a process id ends that child and is answered with its wait status.
     """
+    signal.signal(
+        signal.SIGCHLD, signal.SIG_DFL
+    )  # ignored, as a parent may bequeath it, it would hide how children end
     cv2.setNumThreads(1)
     module, _, name = target.partition(":")
     work: Decode = getattr(importlib.import_module(module), name)
@@ -139,6 +143,8 @@ def _confine(nursery: int, memory_bytes: int) -> None:
     # What codecs print of an image is for nobody's log.
     os.dup2(0, 1)
     os.dup2(0, 2)
+    # Where the machine runs out of memory, this process is to go, and not the one that holds the model.
+    Path("/proc/self/oom_score_adj").write_text("1000")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     most = _memory()[0] + memory_bytes

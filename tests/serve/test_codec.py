@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from kintsugi import imaging
 from kintsugi.errors import ImageError, KintsugiError
+from kintsugi.processes import runs, wait_until
 from kintsugi_serve.codec import Decoder
 from kintsugi_serve.codec_child import memory_needed
 
@@ -56,6 +57,16 @@ def _with(test: Callable[[Decoder], Awaitable[None]], **options: Any) -> None:
             await test(decoder)
 
     asyncio.run(run())
+
+
+def _wait_gone(pid: int) -> None:
+    def gone() -> bool:
+        try:
+            return not runs(psutil.Process(pid))
+        except psutil.NoSuchProcess:
+            return True
+
+    assert wait_until(gone, 30)
 
 
 def _tiff(pixels: NDArray[Any], **options: Any) -> bytes:
@@ -327,9 +338,40 @@ def test_images_are_decoded_again_after_the_nursery_was_killed(hostile: str) -> 
         nursery = psutil.Process(int(before)).parent()
         assert nursery is not None
         nursery.kill()
+        _wait_gone(int(before))
         assert await _pid(decoder) != before
 
     _with(kill, target=hostile)
+
+
+def test_an_image_whose_nursery_was_killed_is_tried_again_and_not_blamed(hostile: str, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+
+    async def kill(decoder: Decoder) -> None:
+        nursery = psutil.Process(int(await _pid(decoder))).parent()
+        assert nursery is not None
+        waiting = asyncio.create_task(decoder.decode(f"wait {gate}".encode(), max_pixels=PIXELS))
+        with await asyncio.to_thread(gate.open, "w"):
+            child = nursery.children()[0].pid
+            nursery.kill()
+            _wait_gone(child)
+        await asyncio.to_thread(gate.write_text, "")
+        await waiting
+
+    _with(kill, target=hostile, ledger=tmp_path / "ledger", timeout_s=60)
+    assert not (tmp_path / "ledger").exists()
+
+
+def test_a_child_that_ended_while_it_was_idle_is_no_images_fault(hostile: str, tmp_path: Path) -> None:
+    async def kill(decoder: Decoder) -> None:
+        before = await _pid(decoder)
+        os.kill(int(before), signal.SIGKILL)
+        _wait_gone(int(before))
+        assert await _pid(decoder) != before
+
+    _with(kill, target=hostile, ledger=tmp_path / "ledger")
+    assert not (tmp_path / "ledger").exists()
 
 
 def test_a_decoder_that_cannot_start_says_so() -> None:
@@ -346,14 +388,14 @@ def test_nothing_is_left_of_a_closed_decoder(hostile: str, tmp_path: Path) -> No
 
     async def close_while_decoding() -> None:
         decoder = Decoder(2, target=hostile, ledger=tmp_path / "ledger")
-        child = psutil.Process(int(await _pid(decoder)))
+        child = int(await _pid(decoder))
         spinning = asyncio.create_task(decoder.decode(f"tell-and-spin {gate}".encode(), max_pixels=PIXELS))
         await asyncio.to_thread(gate.read_text)  # ends when the child has begun
         decoder.close()
         for image in (spinning, decoder.decode(b"plain", max_pixels=PIXELS)):
             with pytest.raises(KintsugiError, match="closed"):
                 await image
-        child.wait(30)
+        _wait_gone(child)
 
     asyncio.run(close_while_decoding())
     assert not (tmp_path / "ledger").exists()
@@ -387,5 +429,4 @@ def test_no_child_outlives_a_parent_that_was_killed_not_even_one_that_spins(host
     pids = [int(pid) for pid in done.stdout.split()]
     assert len(pids) == 3
     for pid in pids:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            psutil.Process(pid).wait(30)
+        _wait_gone(pid)
