@@ -8,13 +8,15 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version as version_of
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kintsugi import imaging
 from kintsugi.errors import ConfigError, ImageError, IntegrityError, KintsugiError, ModelNotFound, StoreUnavailable
+from kintsugi.storage import cache_folder
+from kintsugi_serve.codec import Decoder
 from kintsugi_serve.jobs import Answer, Job, LoadedModel, Rejection, Serving
 from kintsugi_serve.schemas import Refusal, Settings
 from kintsugi_serve.serving import InService, Loaded, Others, Published, Shelving, Source, list_published, ray_shelving
@@ -63,6 +65,19 @@ Infer = Callable[[list[Decoded]], Awaitable[list[Inferred]]]
 Batching = Callable[[Infer], Callable[[Decoded], Awaitable[Inferred]]]
 
 
+class Decoding(Protocol):
+    """What a replica needs of `codec.Decoder`."""
+
+    async def decode(
+        self, image: bytes, mask: bytes | None = None, *, white_level: int | None = None, max_pixels: int
+    ) -> tuple[imaging.Image, NDArray[np.bool_] | None]: ...
+
+
+def decoder_of(settings: Settings) -> Decoder:
+    """Children that decode; what they make of images that end them is remembered for all replicas of the machine."""
+    return Decoder(settings.decoders, timeout_s=settings.decode_timeout_s, ledger=cache_folder() / "refused-images")
+
+
 def ray_batching(settings: Settings) -> Batching:
     """Ray Serve's dynamic batching, by pixels; works in a replica only.
 
@@ -90,6 +105,7 @@ class Replica:
         batching: Batching | None = None,
         shelving: Shelving | None = None,
         source: Source | None = None,
+        decoder: Decoding | None = None,
     ) -> None:
         import torch
 
@@ -98,6 +114,7 @@ class Replica:
         source = source or Published(settings)
         self._service = InService(source)
         self._others = Others(source, shelving or ray_shelving(settings))
+        self._decoder = decoder or decoder_of(settings)
         self._infer_one = (batching or ray_batching(settings))(self.infer)
         self._following: asyncio.Task[None] | None = None
 
@@ -145,7 +162,9 @@ class Replica:
     async def _restored(self, job: Job) -> Answer:
         loaded = self._service.loaded if job.model is None else await self._others.get(job.model)
         started = time.perf_counter()
-        image, mask = await asyncio.to_thread(self._decode, job)
+        image, mask = await self._decoder.decode(
+            job.image, job.mask, white_level=job.white_level, max_pixels=self._settings.max_pixels
+        )
         decoded = Decoded(image, mask, loaded, _ms_since(started))
         try:
             inferred = await self._infer_one(decoded)
@@ -169,11 +188,6 @@ class Replica:
             Inferred(results.get(i, gone), 1000 * (begun - item.since), spent, len(results))
             for i, item in enumerate(batch)
         ]
-
-    def _decode(self, job: Job) -> tuple[imaging.Image, NDArray[np.bool_] | None]:
-        limit = self._settings.max_pixels
-        image = imaging.decode(job.image, white_level=job.white_level, max_pixels=limit)
-        return image, imaging.decode_mask(job.mask, max_pixels=limit) if job.mask is not None else None
 
 
 def _restore_batch(loaded: Loaded, batch: list[Decoded]) -> "list[Restoration | KintsugiError]":

@@ -73,6 +73,8 @@ class Settings(BaseModel):
     keys: tuple[Key, ...] = Field(default=(), description="hashes of the keys that open it; none: for its machine only")
     max_body_bytes: int = Field(default=64 * 2**20, ge=1024)
     max_pixels: int = Field(default=MAX_PIXELS, ge=1)
+    decoders: int = Field(default=2, ge=1, description="processes of a replica that decode, for nothing else")
+    decode_timeout_s: float = Field(default=20, gt=0, description="for one image, before its process is ended")
     timeout_s: float = Field(default=60, gt=0, description="until the ingress gives up on a replica")
     max_batch_pixels: int = Field(default=2**22, ge=1, description="that pass the model together, on a GPU at once")
     batch_wait_s: float = Field(default=0.0, ge=0)

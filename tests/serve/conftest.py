@@ -55,6 +55,16 @@ class EchoBackend:
         return []
 
 
+class InPlace:
+    """Decodes without a process of its own."""
+
+    async def decode(
+        self, image: bytes, mask: bytes | None = None, *, white_level: int | None = None, max_pixels: int
+    ) -> tuple[imaging.Image, np.ndarray | None]:
+        known = imaging.decode_mask(mask, max_pixels=max_pixels) if mask is not None else None
+        return imaging.decode(image, white_level=white_level, max_pixels=max_pixels), known
+
+
 def _one_by_one(infer: Infer) -> Batched:
     """Batches of one, for a replica outside Ray."""
 
@@ -124,6 +134,13 @@ def settings(store: LocalStore) -> Settings:
 @pytest.fixture
 def one_by_one() -> object:
     return _one_by_one
+
+
+@pytest.fixture(autouse=True)
+def _no_processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replicas decode in place, except where a test is about that."""
+    if request.node.get_closest_marker("processes") is None:
+        monkeypatch.setattr("kintsugi_serve.replica.decoder_of", lambda settings: InPlace())
 
 
 @pytest.fixture

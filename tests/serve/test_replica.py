@@ -14,6 +14,7 @@ from kintsugi.errors import ConfigError, ModelNotFound
 from kintsugi.registry import Registry
 from kintsugi.restore.restorer import Restorer
 from kintsugi.storage import LocalStore, sha256
+from kintsugi_serve.codec import Decoder
 from kintsugi_serve.jobs import Answer, Job, LoadedModel, Rejection
 from kintsugi_serve.replica import Replica, ray_batching
 from kintsugi_serve.schemas import Settings
@@ -288,6 +289,25 @@ def test_batches_are_filled_by_pixels_on_a_gpu_and_images_pass_alone_on_a_cpu(se
 def test_a_user_config_without_a_model_is_refused(settings: Settings, one_by_one: Any, config: Any) -> None:
     with pytest.raises(ConfigError, match="user_config"):
         asyncio.run(Replica(settings, batching=one_by_one).reconfigure(config))
+
+
+@pytest.mark.processes
+def test_a_replica_decodes_in_processes_of_its_own(
+    settings: Settings, store: LocalStore, tmp_path: Any, publish: Any, picture: Any, one_by_one: Any
+) -> None:
+    publish(store, tmp_path / "a")
+
+    async def ask() -> list[Any]:
+        replica = Replica(settings, batching=one_by_one, shelving=_unshelved)
+        await replica.reconfigure({"model": "unet"})
+        found = [await replica.restore(Job(data)) for data in (picture(), picture()[:-20], b"GIF89a")]
+        assert isinstance(replica._decoder, Decoder)
+        replica._decoder.close()
+        return found
+
+    good, cut, other = asyncio.run(ask())
+    assert isinstance(good, Answer)
+    assert (cut.code, other.code) == ("undecodable", "unsupported_format")
 
 
 def test_published_lists_names_aliases_and_versions(
