@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 READY_FOR_S = 10.0
 # curl --data-binary says x-www-form-urlencoded of everything; what the bytes are is decided by their magic number.
 _RAW_TYPES = ("", "application/octet-stream", "binary/octet-stream", "application/x-www-form-urlencoded")
+# A part of a page, for example {{style.css}}.
+_INLINED = re.compile(r"\{\{([a-z]+\.(?:css|js))\}\}")
 
 
 class Places:
@@ -105,8 +107,10 @@ def answer_headers(answer: Answer) -> dict[str, str]:
 
 
 def page(name: str) -> tuple[str, dict[str, str]]:
-    """An HTML file of the package, and headers that let only its own inline code run."""
-    html = (importlib.resources.files("kintsugi_serve") / "page" / name).read_text(encoding="utf-8")
+    """An HTML file of the package with its parts inlined, and headers that let only this inline code run."""
+    folder = importlib.resources.files("kintsugi_serve") / "page"
+    html = (folder / name).read_text(encoding="utf-8")
+    html = _INLINED.sub(lambda part: (folder / part[1]).read_text(encoding="utf-8"), html)
 
     def allowed(tag: str) -> str:
         blocks = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
