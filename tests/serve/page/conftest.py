@@ -29,11 +29,21 @@ from kintsugi_serve.schemas import Answer, Job, LoadedModel, Refusal, Rejection,
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-extensions",
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--hide-scrollbars",
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--remote-debugging-port=0",
-    "--disable-renderer-backgrounding", "--disable-backgrounding-occluded-windows", "--hide-scrollbars",
+    "--disable-renderer-backgrounding", "--disable-backgrounding-occluded-windows", "--disable-extensions",
 )  # fmt: skip
-KEYS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Tab": 9, "Enter": 13, " ": 32, "Home": 36, "End": 35}
+KEYS = {
+    "ArrowLeft": 37,
+    "ArrowUp": 38,
+    "ArrowRight": 39,
+    "ArrowDown": 40,
+    "Tab": 9,
+    "Enter": 13,
+    " ": 32,
+    "Home": 36,
+    "End": 35,
+}
 PATIENCE_S = 30
 WATCH = "window.violations = []; addEventListener('securitypolicyviolation', e => violations.push(e.blockedURI));"
 VERSION = LoadedModel("unet", 3, "d" * 64)
@@ -50,7 +60,8 @@ class Browser:
         told = next(filter(None, (re.search(r"listening on (ws://\S+)", line) for line in self._process.stderr)))
         # Chromium would stop at a full pipe.
         threading.Thread(target=self._process.stderr.read, daemon=True).start()
-        self._socket = connect(told[1], max_size=None)
+        self._stack = contextlib.ExitStack()
+        self._socket = self._stack.enter_context(connect(told[1], max_size=None))
         self._numbers = itertools.count(1)
         self.events: list[dict[str, Any]] = []
 
@@ -65,13 +76,13 @@ class Browser:
         return message["result"]
 
     def wait_for(self, method: str, **wanted: Any) -> dict[str, Any]:
-        """The first event of this kind whose parameters hold `wanted`, be it past or to come."""
-        for event in itertools.chain(self.events, iter(lambda: self._receive(method), None)):
-            if event.get("method") == method and wanted.items() <= event["params"].items():
-                return event["params"]
-            if event not in self.events:
-                self.events.append(event)
-        raise AssertionError(method)
+        """Take the first event of this kind whose parameters hold `wanted`, be it past or to come."""
+        while True:
+            for event in self.events:
+                if event.get("method") == method and wanted.items() <= event["params"].items():
+                    self.events.remove(event)
+                    return event["params"]
+            self.events.append(self._receive(method))
 
     def _receive(self, what: str) -> dict[str, Any]:
         try:
@@ -80,7 +91,7 @@ class Browser:
             raise AssertionError(f"nothing came for {PATIENCE_S} s, in {what}") from None
 
     def close(self) -> None:
-        self._socket.close()
+        self._stack.close()
         self._process.send_signal(signal.SIGTERM)
         self._process.wait(PATIENCE_S)
 
@@ -147,7 +158,11 @@ class Page:
 
     def press(self, key: str, times: int = 1, *, shift: bool = False, hold: bool = False) -> None:
         text = key if len(key) == 1 else "\r" if key == "Enter" else ""
-        params = {"key": key, "windowsVirtualKeyCode": KEYS.get(key, ord(key[0].upper())), "modifiers": 8 if shift else 0}
+        params = {
+            "key": key,
+            "windowsVirtualKeyCode": KEYS.get(key, ord(key[0].upper())),
+            "modifiers": 8 if shift else 0,
+        }
         for _ in range(times):
             self.send("Input.dispatchKeyEvent", type="keyDown", text=text, **params)
             if not hold:
@@ -173,11 +188,17 @@ class Page:
 
     def events(self, method: str) -> list[dict[str, Any]]:
         self.value("0")
-        return [e["params"] for e in self._browser.events if (e.get("sessionId"), e.get("method")) == (self._session, method)]
+        return [
+            e["params"]
+            for e in self._browser.events
+            if (e.get("sessionId"), e.get("method")) == (self._session, method)
+        ]
 
     def complaints(self) -> list[str]:
         """Errors and warnings of the console, exceptions, and what the content security policy stopped."""
-        logged = [e["entry"]["text"] for e in self.events("Log.entryAdded") if e["entry"]["level"] in ("error", "warning")]
+        logged = [
+            e["entry"]["text"] for e in self.events("Log.entryAdded") if e["entry"]["level"] in ("error", "warning")
+        ]
         thrown = [str(e["exceptionDetails"]) for e in self.events("Runtime.exceptionThrown")]
         return logged + thrown + self.value("violations")
 
@@ -218,16 +239,29 @@ class Served:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self.url = ""
+        self.reset()
+
+    def reset(self) -> None:
         self.problems: list[tuple[Refusal, dict[str, str]]] = []
         self.queries: list[dict[str, str]] = []
         self.masks: list[bool] = []
         self.key = ""
+        self.sent = b""
         self.body: dict[str, Any] = {}
         self.report: dict[str, Any] = {}
         self.without: tuple[str, ...] = ()
         self.echoes = False
-        self.held: threading.Event | None = None
-        self.url = ""
+
+    @property
+    def image(self) -> bytes:
+        """The file that was answered."""
+        return base64.b64decode(self.body["image"])
+
+    @property
+    def pixels(self) -> tuple[Any, Any]:
+        """Of the image that came and of the one that went."""
+        return imaging.decode(self.sent).pixels, imaging.decode(self.image).pixels
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] == "/v1/restore":
@@ -245,6 +279,7 @@ class Served:
         self.masks.append(mask)
         white = request.query_params.get("white_level")
         try:
+            self.sent = data
             self.body = self._answer(data, int(white) if white else None)
         except imaging.ImageError as error:
             return self._problem(Refusal(error.code, str(error)), {})
@@ -290,7 +325,7 @@ def serving(folder: Path) -> Generator[Served]:
     served = Served(build_api(Settings(store=str(folder)), Models()))
     server = uvicorn.Server(uvicorn.Config(served, port=0, log_level="warning"))
     sockets = [server.config.bind_socket()]
-    served.url = "http://127.0.0.1:%d/" % sockets[0].getsockname()[1]
+    served.url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}/"
     thread = threading.Thread(target=server.run, kwargs={"sockets": sockets})
     thread.start()
     try:
@@ -309,10 +344,16 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Generator[Browser]:
     browser.close()
 
 
-@pytest.fixture
-def served(tmp_path: Path) -> Generator[Served]:
-    with serving(tmp_path) as served:
+@pytest.fixture(scope="session")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Generator[Served]:
+    with serving(tmp_path_factory.mktemp("store")) as served:
         yield served
+
+
+@pytest.fixture
+def served(endpoint: Served) -> Served:
+    endpoint.reset()
+    return endpoint
 
 
 @pytest.fixture
@@ -322,3 +363,17 @@ def tab(browser: Browser, served: Served) -> Generator[Page]:
     page.open(served.url)
     yield page
     page.close()
+
+
+def _part(folder: Path, kind: imaging.Format = "png", name: str = "part") -> Path:
+    """A file of 80 x 60 px with the values of a 12-bit camera."""
+    pixels = np.random.default_rng(4).integers(0, 4096, (60, 80)).astype(np.uint16)
+    pixels[0, 0] = 4000
+    path = folder / f"{name}.{kind}"
+    path.write_bytes(imaging.encode(imaging.Image(pixels, kind, 4095)))
+    return path
+
+
+@pytest.fixture
+def part() -> object:
+    return _part
