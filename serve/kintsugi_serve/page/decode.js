@@ -30,6 +30,7 @@ async function inflate(parts, size) {
       if (done) break;
       out.set(value.subarray(0, size - filled), filled);
       filled = Math.min(size, filled + value.length);
+      await breathe();
     }
   } catch (error) {
     // Cameras pad their strips: what follows the data is an error to the stream, and none to us.
@@ -69,7 +70,7 @@ async function decodePng(bytes) {
     unfilter(raw, y * (row + 1), plain, y * row, row, step);
     await breathe();
   }
-  return { width, height, channels, bits, data: bits === 16 ? await bigEndian(plain) : plain, inverted: false };
+  return { width, height, channels, bits, data: bits === 16 ? await samples16(plain, false) : plain, inverted: false };
 }
 
 function unfilter(raw, at, out, to, row, step) {
@@ -92,11 +93,13 @@ function paeth(left, up, corner) {
   return a <= b && a <= c ? left : b <= c ? up : corner;
 }
 
-async function bigEndian(bytes) {
-  const samples = new Uint16Array(bytes.length / 2);
-  for (let i = 0; i < samples.length; i++) {
-    samples[i] = (bytes[2 * i] << 8) | bytes[2 * i + 1];
-    if ((i & 0xfffff) === 0) await breathe();
+/** 16-bit values of bytes that are ours from here on: they are turned in place. Browsers run on little-endian machines. */
+async function samples16(bytes, little) {
+  const samples = new Uint16Array(bytes.buffer, bytes.byteOffset, bytes.length >> 1);
+  for (let start = 0; !little && start < samples.length; start += 0x40000) {
+    const stop = Math.min(samples.length, start + 0x40000);
+    for (let i = start; i < stop; i++) samples[i] = (samples[i] << 8) | (samples[i] >> 8);
+    await breathe();
   }
   return samples;
 }

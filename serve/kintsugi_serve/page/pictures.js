@@ -26,7 +26,7 @@ async function showPictures(item) {
 
 async function read(blob) {
   try {
-    const picture = await withLevels(await decodePicture(blob));
+    const picture = await prepared(await decodePicture(blob));
     return { picture };
   } catch (error) {
     return { why: error.message };
@@ -43,7 +43,7 @@ async function readMap({ answer, mask }) {
   const { width, height, channels, data } = picture;
   const flat = new Uint8Array(width * height);
   for (let i = 0; i < flat.length; i++) for (let c = 0; c < Math.min(3, channels); c++) if (data[i * channels + c]) flat[i] = 255;
-  return { name, picture: await withLevels({ width, height, channels: 1, bits: 8, data: flat }) };
+  return { name, picture: await prepared({ width, height, channels: 1, bits: 8, data: flat }) };
 }
 
 function tellNoView(why) {
@@ -53,7 +53,7 @@ function tellNoView(why) {
 
 function notes(item, before, { after }) {
   const found = [after.note, before.why && `The original cannot be shown: ${before.why}`].filter(Boolean).map((text) => element("span", { textContent: text }));
-  const { highest } = spread(before.picture ?? after);
+  const { highest } = (before.picture ?? after).range;
   const level = cameraLevel(after.bits, highest);
   if (item.white || level === 65535 || after.bits === 8) return found;
   const button = element("button", { type: "button", className: "small", textContent: `Restore with ${level}` });
@@ -63,8 +63,7 @@ function notes(item, before, { after }) {
 }
 
 function startWindow(item, { before, after }) {
-  const first = before ?? after;
-  const range = spread(first);
+  const { range } = before ?? after;
   const most = 2 ** after.bits - 1;
   const shown = Number(item.white) || cameraLevel(after.bits, range.highest);
   view.limits = { most, full: Number(item.white) || most, range };
@@ -89,7 +88,7 @@ function thumbLater(item, blob) {
   if (blob.size > MOST_FOR_THUMB) return;
   thumbs = thumbs.then(async () => {
     const { picture } = await read(blob);
-    if (picture) drawThumb(item.thumb, picture, { black: 0, white: cameraLevel(picture.bits, spread(picture).highest) });
+    if (picture) drawThumb(item.thumb, picture, { black: 0, white: cameraLevel(picture.bits, picture.range.highest) });
   });
 }
 

@@ -46,22 +46,26 @@ async function halved(picture) {
   return { ...picture, width: w, height: h, data: small };
 }
 
-/** Smaller and smaller copies, for views that show more pixels than the screen has. */
-async function withLevels(picture) {
+/** With the spread of its values, and smaller and smaller copies, for views that show more pixels than the screen has. */
+async function prepared(picture) {
   const levels = [picture];
   while (Math.max(levels.at(-1).width, levels.at(-1).height) > 400) levels.push(await halved(levels.at(-1)));
-  return { ...picture, levels };
+  return { ...picture, levels, range: await spread(picture) };
 }
 
-function histogram(picture) {
-  const counts = new Uint32Array(2 ** picture.bits);
-  for (const value of picture.data) counts[value]++;
+async function histogram({ data, bits }) {
+  const counts = new Uint32Array(2 ** bits);
+  for (let start = 0; start < data.length; start += 0x40000) {
+    const stop = Math.min(data.length, start + 0x40000);
+    for (let i = start; i < stop; i++) counts[data[i]]++;
+    await breathe();
+  }
   return counts;
 }
 
-/** {low, high, lowest, highest}: the values that half a thousandth of the samples lie below and above, and the extremes. */
-function spread(picture) {
-  const counts = histogram(picture);
+/** {low, high, highest}: the values that half a thousandth of the samples lie below and above, and the largest. */
+async function spread(picture) {
+  const counts = await histogram(picture);
   const rest = picture.data.length * 0.0005;
   const from = (start, step, most) => {
     let sum = 0;
@@ -72,7 +76,7 @@ function spread(picture) {
     return start;
   };
   const last = counts.length - 1;
-  return { low: from(0, 1, rest), high: from(last, -1, rest), lowest: from(0, 1, 0), highest: from(last, -1, 0) };
+  return { low: from(0, 1, rest), high: from(last, -1, rest), highest: from(last, -1, 0) };
 }
 
 const CAMERA_DEPTHS = [10, 12, 14];

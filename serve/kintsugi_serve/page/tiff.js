@@ -59,8 +59,8 @@ async function decodeTiff(bytes) {
     const rows = layout.tiled ? segmentHeight : Math.min(segmentHeight, height - top);
     const packed = bytes.subarray(layout.offsets[i], layout.offsets[i] + layout.counts[i]);
     const raw = await tiffSegment(layout.codec, packed, segmentWidth * rows * together * (bits / 8));
-    const samples = tiffSamples(raw, layout);
-    if (layout.predictor === 2) undoDifferences(samples, segmentWidth * together, together);
+    const samples = layout.bits === 8 ? raw : await samples16(raw, layout.little);
+    if (layout.predictor === 2) await undoDifferences(samples, segmentWidth * together, together);
     placeSegment(data, samples, layout, { left: (place % across) * segmentWidth, top, together, first: layout.planar ? Math.floor(i / plane) : 0 });
     await breathe();
   }
@@ -76,17 +76,10 @@ async function tiffSegment(codec, packed, size) {
   return raw;
 }
 
-function tiffSamples(raw, layout) {
-  if (layout.bits === 8) return raw;
-  const samples = new Uint16Array(raw.length / 2);
-  const [low, high] = layout.little ? [0, 1] : [1, 0];
-  for (let i = 0, at = 0; i < samples.length; i++, at += 2) samples[i] = raw[at + low] | (raw[at + high] << 8);
-  return samples;
-}
-
-function undoDifferences(samples, row, step) {
+async function undoDifferences(samples, row, step) {
   for (let start = 0; start < samples.length; start += row) {
     for (let i = start + step; i < start + row; i++) samples[i] += samples[i - step];
+    await breathe();
   }
 }
 
@@ -119,7 +112,7 @@ function unpackBits(packed, size) {
 }
 
 /** TIFF's LZW: codes from the high bit on, which grow one code earlier than GIF's. */
-function unpackLzw(packed, size) {
+async function unpackLzw(packed, size) {
   const out = new Uint8Array(size);
   // An entry is the output of an earlier code and the byte after it, so its place in the output is enough.
   const start = new Uint32Array(4098);
@@ -128,7 +121,8 @@ function unpackLzw(packed, size) {
   let wide = 9;
   let held = 0;
   let bits = 0;
-  for (let at = 0, to = 0; to < size; ) {
+  for (let at = 0, to = 0, turn = 0; to < size; turn++) {
+    if ((turn & 0xffff) === 0) await breathe();
     for (; bits < wide && at < packed.length; bits += 8) held = ((held << 8) | packed[at++]) & 0xffffff;
     if (bits < wide) break;
     bits -= wide;
