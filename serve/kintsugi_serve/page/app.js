@@ -279,6 +279,20 @@ addEventListener("paste", async (event) => {
   const files = [...event.clipboardData.files];
   if (files.length) add(await Promise.all(files.map(pastedFile)));
 });
+/** The mark of the page as its icon, drawn here since the page may load nothing. */
+function showIcon() {
+  const canvas = element("canvas", { width: 64, height: 64 });
+  const context = canvas.getContext("2d");
+  context.scale(2, 2);
+  context.lineJoin = "round";
+  for (const [path, colour, wide] of [["M4 11h24c0 9-5 15-12 15S4 20 4 11Z", "#8d8474", 3], ["m18 11-3 5 3.5 3-3 7", "#d9a441", 3]]) {
+    Object.assign(context, { strokeStyle: colour, lineWidth: wide });
+    context.stroke(new Path2D(path));
+  }
+  document.head.append(element("link", { rel: "icon", href: canvas.toDataURL() }));
+}
+
+showIcon();
 $("settings").open = innerWidth > 900;
 tellSettings();
 askService();

@@ -5,6 +5,7 @@ async function showPictures(item) {
   const run = ++shown;
   urls.drop();
   showReport(item, urls);
+  view.show({});
   const mine = () => run === shown && item === selected;
   const [before, after, map] = await Promise.all([read(item.file), read(item.answer.blob), readMap(item)]);
   if (!mine()) return;
@@ -108,7 +109,11 @@ function drawThumb(canvas, picture, shown) {
 
 function tellView() {
   const { mode, pictures, original, split } = view;
-  if (!view.size) return;
+  if (!view.size) {
+    $("seam").hidden = $("label-left").hidden = $("label-right").hidden = true;
+    $("readout").textContent = "Reading the pixels";
+    return;
+  }
   const side = mode === "side";
   const seam = mode === "slider" && pictures.before && !original;
   $("seam").hidden = !seam;

@@ -26,10 +26,11 @@ class View {
 
   /** Pictures with levels, each may be null: before, after, and map, the 8-bit defect map. */
   show(pictures) {
-    const same = this.size?.width === pictures.after?.width && this.size?.height === pictures.after?.height;
     this.pictures = pictures;
     this.cursor = null;
-    if (this.size && !same) this.start();
+    const { width, height } = this.size ?? {};
+    if (width && (this.last?.width !== width || this.last?.height !== height)) this.start();
+    if (width) this.last = { width, height };
     this.refresh();
   }
 
@@ -165,10 +166,10 @@ class View {
   }
 
   draw() {
-    if (this.frame || !this.size) return;
+    if (this.frame) return;
     this.frame = requestAnimationFrame(() => {
       this.frame = 0;
-      if (this.size && this.room.width) this.paint();
+      if (this.room.width) this.paint();
       this.changed(this);
     });
   }
@@ -178,6 +179,7 @@ class View {
     const { width, height } = this.room;
     this.canvas.width = Math.round(width * ratio);
     this.canvas.height = Math.round(height * ratio);
+    if (!this.size) return;
     const { left, top } = this.pane;
     const shown = this.pictures.before && (this.original || !this.pictures.after) ? "before" : "after";
     if (this.mode === "difference" && !this.original) this.place("difference", 0, 0);

@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 import pytest
 import uvicorn
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -124,6 +125,19 @@ class Page:
         self.send("Page.navigate", url=url)
         self.until("document.readyState === 'complete' && typeof Stage === 'function'")
 
+    def sign_in(self, url: str, password: str) -> None:
+        """Open a page whose password is asked for in the browser's own dialog."""
+        self._browser.events.clear()
+        self.send("Fetch.enable", handleAuthRequests=True, patterns=[{"urlPattern": url}])
+        self.value(f"setTimeout(() => location.assign({url!r})) && 0")
+        paused = self._browser.wait_for("Fetch.requestPaused")
+        self.send("Fetch.continueRequest", requestId=paused["requestId"])
+        asked = self._browser.wait_for("Fetch.authRequired")
+        answer = {"response": "ProvideCredentials", "username": "", "password": password}
+        self.send("Fetch.continueWithAuth", requestId=asked["requestId"], authChallengeResponse=answer)
+        self._browser.wait_for("Page.loadEventFired")
+        self.send("Fetch.disable")
+
     def value(self, expression: str) -> Any:
         """What the expression is, or becomes."""
         done = self.send("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
@@ -145,7 +159,7 @@ class Page:
     def restored(self, *files: Path) -> None:
         """Give the page files and wait until the first is on screen."""
         self.choose("#file", *files)
-        self.until("document.querySelector('#queue li:is(.done, .alarm)') && !$('work').hidden && view.window")
+        self.until("document.querySelector('#queue li:is(.done, .alarm)') && !$('work').hidden && view.size")
         self.settled()
 
     def settled(self) -> None:
@@ -247,6 +261,7 @@ class Served:
         self.queries: list[dict[str, str]] = []
         self.masks: list[bool] = []
         self.key = ""
+        self.password = ""
         self.sent = b""
         self.body: dict[str, Any] = {}
         self.report: dict[str, Any] = {}
@@ -264,7 +279,10 @@ class Served:
         return imaging.decode(self.sent).pixels, imaging.decode(self.image).pixels
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] == "/v1/restore":
+        basic = base64.b64encode(f":{self.password}".encode()).decode()
+        if self.password and Headers(scope=scope).get("authorization") != f"Basic {basic}":
+            await Response("", 401, {"WWW-Authenticate": "Basic"})(scope, receive, send)
+        elif scope["type"] == "http" and scope["path"] == "/v1/restore":
             await (await self._restored(Request(scope, receive)))(scope, receive, send)
         else:
             await self._app(scope, receive, send)

@@ -100,6 +100,16 @@ def test_a_key_is_asked_for_kept_for_the_tab_and_sent(tab: Any, served: Any, tmp
     assert tab.value("$('key').value") == "sesame" and tab.value("localStorage.length") == 0
 
 
+def test_a_page_behind_the_browsers_own_password_asks_for_no_key(
+    tab: Any, served: Any, tmp_path: Path, part: Any
+) -> None:
+    served.password = "sesame"
+    tab.sign_in(served.url, "sesame")
+    tab.until("$('model').options.length === 3")
+    tab.restored(part(tmp_path))
+    assert "No alarm" in tab.text("#verdict")
+
+
 def test_busy_is_waited_out_in_sight_three_times(tab: Any, served: Any, tmp_path: Path, part: Any) -> None:
     tab.value("window.told = new Set; new MutationObserver(() => told.add($('busy-told').textContent))"
               ".observe($('busy-told'), {childList: true})")  # fmt: skip
