@@ -11,7 +11,7 @@ class View {
     this.stale = new Set();
     this.mode = "slider";
     this.split = 0.5;
-    this.gain = 4;
+    this.gain = 8;
     this.opacity = 0.6;
     this.overlay = false;
     this.original = false;

@@ -146,3 +146,13 @@ def test_an_image_of_12_bits_in_16_is_not_black_and_black_and_white_can_be_set(
     assert tab.value("view.window.white") <= 4095
     tab.value("$('black-value').value = 1000; $('black-value').dispatchEvent(new Event('change'))")
     assert tab.value("[view.window.black, Number($('black').value)]") == [1000, 1000]
+
+
+def test_at_one_to_one_every_value_has_its_own_grey(tab: Any, served: Any, tmp_path: Path, part: Any) -> None:
+    tab.restored(part(tmp_path, "tiff"))
+    tab.value("view.set({split: 0})")
+    tab.settled()
+    data = "view.context.getImageData(view.origin.x, view.origin.y, 80, 60).data"
+    seen = np.array(tab.value(f"[...{data}].filter((_, i) => i % 4 === 0)")).reshape(60, 80)
+    wanted = served.pixels[1] / 4095 * 255
+    assert np.abs(seen - wanted)[:, 2:].max() <= 0.51
