@@ -3,12 +3,8 @@
 import asyncio
 import base64
 import functools
-import hashlib
-import importlib.resources
-import logging
-import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -18,12 +14,11 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from kintsugi.storage import ObjectStore, open_store, sha256
 from kintsugi_serve.edge import Edge, Metrics, handle_errors
 from kintsugi_serve.jobs import Answer, Backend, Job, LoadedModel, Rejection, Serving
+from kintsugi_serve.pages import page_route
 from kintsugi_serve.places import Places
 from kintsugi_serve.requests import DefectMap, Embed, ModelName, Repeats, WhiteLevel, read_job
 from kintsugi_serve.results import Results, StoredResult, result_key
 from kintsugi_serve.schemas import JsonResult, Refusal, S3Request, S3Result, Settings
-
-logger = logging.getLogger(__name__)
 
 READY_FOR_S = 10.0
 _FACT_HEADERS = {
@@ -47,22 +42,6 @@ def answer_headers(answer: Answer) -> dict[str, str]:
         "X-Kintsugi-Output-SHA256": answer.output_sha256,
         "Server-Timing": ", ".join(f"{name};dur={spent:.1f}" for name, spent in answer.timing_ms.items()),
     }
-
-
-def page(name: str) -> tuple[str, dict[str, str]]:
-    """An HTML file of the package, and headers that let only its own inline code run."""
-    html = (importlib.resources.files("kintsugi_serve") / "page" / name).read_text(encoding="utf-8")
-
-    def allowed(tag: str) -> str:
-        blocks = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
-        hashes = (base64.b64encode(hashlib.sha256(block.encode()).digest()).decode() for block in blocks)
-        return " ".join(f"'sha256-{value}'" for value in hashes)
-
-    policy = (
-        f"default-src 'none'; script-src {allowed('script')}; style-src {allowed('style')}; img-src data: blob:; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    return html, {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
 
 
 _PROBLEM_RESPONSE = {"description": "Problem (RFC 9457)", "content": {"application/problem+json": {}}}
@@ -116,17 +95,8 @@ def build_api(
     app.get("/readyz", summary="Whether a replica holds a model")(service.readyz)
     app.get("/metrics", summary="For Prometheus")(service.metrics)
     for path, name in (("/", "index.html"), ("/docs", "docs.html")):
-        app.get(path, include_in_schema=False)(_page_route(name))
+        app.get(path, include_in_schema=False)(page_route(name))
     return app
-
-
-def _page_route(name: str) -> Callable[[], Awaitable[Response]]:
-    html, headers = page(name)
-
-    async def show() -> Response:
-        return Response(html, headers=headers, media_type="text/html")
-
-    return show
 
 
 class Service:

@@ -26,7 +26,7 @@ from kintsugi.restore.golden import GOLDEN
 from kintsugi.storage import ObjectStore, open_store, store_uri_from_environment
 
 TINY = {"model.levels": 2, "model.blocks": 1, "model.base": 4, "model.skips": [True, True], "model.reduction": [2, 2],
-        "model.channels": 1}  # fmt: skip
+        "model.channels": 1, "model.mask": "none"}  # fmt: skip
 REPLICA = "ray::ServeReplica:kintsugi:Replica"
 
 
