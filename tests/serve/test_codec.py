@@ -185,43 +185,6 @@ def test_what_imaging_did_not_foresee_is_a_refusal_too(hostile: str) -> None:
     _with(attack, target=hostile)
 
 
-def test_an_image_that_ended_two_children_is_not_tried_again_by_any_decoder(hostile: str, tmp_path: Path) -> None:
-    ledger = tmp_path / "ledger"
-
-    async def attack(decoder: Decoder) -> None:
-        for code in ("undecodable", "undecodable", "poison", "poison"):
-            assert (await _refusal(decoder, b"crash")).code == code
-        # With a mask it is another image.
-        assert (await _refusal(decoder, b"crash", mask=b"")).code == "undecodable"
-
-    async def ask_another(decoder: Decoder) -> None:
-        assert (await _refusal(decoder, b"crash")).code == "poison"
-        assert (await _refusal(decoder, b"other")).code == "unsupported_format"
-
-    _with(attack, target=hostile, ledger=ledger)
-    _with(ask_another, ledger=ledger)
-
-
-def test_an_image_that_merely_cannot_be_decoded_is_never_called_poison(tmp_path: Path) -> None:
-    async def often(decoder: Decoder) -> None:
-        codes = {(await _refusal(decoder, b"GIF89a")).code for _ in range(4)}
-        assert codes == {"unsupported_format"}
-
-    _with(often, ledger=tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_ledger_that_cannot_be_written_stops_nobody(hostile: str, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-
-    async def attack(decoder: Decoder) -> None:
-        for _ in range(3):
-            assert (await _refusal(decoder, b"crash")).code == "undecodable"
-        await _pid(decoder)
-
-    _with(attack, target=hostile, ledger=tmp_path / "file" / "ledger")
-
-
 def test_the_answer_to_a_caller_that_went_away_is_given_to_nobody_else(hostile: str, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     os.mkfifo(gate)
@@ -242,22 +205,6 @@ def test_the_answer_to_a_caller_that_went_away_is_given_to_nobody_else(hostile: 
         assert await _pid(decoder) == before
 
     _with(go_away, target=hostile, timeout_s=60)
-
-
-def test_an_image_whose_caller_went_away_is_still_found_to_be_poison(hostile: str, tmp_path: Path) -> None:
-    gate = tmp_path / "gate"
-    os.mkfifo(gate)
-
-    async def go_away(decoder: Decoder) -> None:
-        image = f"tell-and-spin {gate}".encode()
-        for _ in range(2):
-            gone = asyncio.create_task(decoder.decode(image, max_pixels=PIXELS))
-            await asyncio.to_thread(gate.read_text)  # ends when the child has begun
-            gone.cancel()
-            await asyncio.gather(gone, return_exceptions=True)
-        assert (await _refusal(decoder, image)).code == "poison"
-
-    _with(go_away, target=hostile, timeout_s=0.3, ledger=tmp_path / "ledger")
 
 
 def test_many_images_at_once_each_get_their_own_answer(hostile: str) -> None:
