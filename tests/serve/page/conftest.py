@@ -26,7 +26,8 @@ from websockets.sync.client import connect
 
 from kintsugi import imaging
 from kintsugi_serve.api import build_api
-from kintsugi_serve.schemas import Answer, Job, LoadedModel, Refusal, Rejection, Settings
+from kintsugi_serve.jobs import Answer, Job, LoadedModel, Rejection, Serving
+from kintsugi_serve.schemas import Refusal, Settings
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
@@ -240,7 +241,10 @@ class Models:
     async def restore(self, job: Job) -> Answer | Rejection:
         raise AssertionError("restoring goes to the other part")
 
-    async def describe(self) -> LoadedModel:
+    async def describe(self) -> Serving:
+        return Serving(VERSION)
+
+    async def resolve(self, model: str | None) -> LoadedModel:
         return VERSION
 
     async def published(self) -> list[dict[str, Any]]:
