@@ -104,10 +104,7 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> ExperimentCo
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must hold a mapping of sections, for example 'data: {{dataset: demo}}'")
     for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator:
-            raise ConfigError(f"--set {override}: write it as key=value, for example --set train.epochs=3")
-        _set_key(tree, key.strip(), _value(override, text))
+        _set_key(tree, *read_override(override))
     return parse_config(tree, str(path))
 
 
@@ -127,9 +124,13 @@ def _at_phase(config: ExperimentConfig, phase: Phase) -> ExperimentConfig:
     return ExperimentConfig.model_validate(tree)
 
 
-def _value(override: str, text: str) -> Any:
+def read_override(override: str) -> tuple[str, Any]:
+    """The key and the value (YAML) of `key=value`, as `--set` takes it."""
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise ConfigError(f"--set {override}: write it as key=value, for example --set train.epochs=3")
     try:
-        return yaml.safe_load(text)
+        return key.strip(), yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override}: the value is not valid YAML: quote it, or close its brackets") from error
 

@@ -6,17 +6,21 @@ import logging
 import re
 import socket
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
+from pydantic import ValidationError
 
 from kintsugi import cluster, local
 from kintsugi.commands.console import Json, print_json, say
+from kintsugi.config import read_override
 from kintsugi.errors import ConfigError, ModelNotFound, StackError
 from kintsugi.storage import open_store, store_uri_from_environment
 from kintsugi_serve.keys import TENANT, new_key, read_keys
+from kintsugi_serve.schemas import Args
 
 APP = "kintsugi"
 DEFAULT_PORT = 8000
@@ -35,6 +39,10 @@ def serve(
     keys: Annotated[
         Path | None, typer.Option(metavar="FILE", help="YAML file of the keys that open it ('kintsugi serve key').")
     ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any setting of serve/application.yaml; repeatable."),
+    ] = None,
     stop: Annotated[bool, typer.Option("--stop", help="Take the service down.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -44,9 +52,9 @@ def serve(
         stopped = _stop()
         _print({"stopped": stopped}, "the service is down" if stopped else "no service was running", as_json)
         return
-    args = _arguments(model, host, min_replicas, max_replicas, keys)
+    args = _arguments(model, host, min_replicas, max_replicas, keys, sets or ())
     port = port or (urlsplit(stack.endpoint).port if stack else None) or DEFAULT_PORT
-    _check_model(args["store"], args["model"])
+    _check_model(args.store, args.model)
     _check_port(host, port)
     _start(args, host, port)
     address = f"http://{_reachable(host)}:{port}"
@@ -70,20 +78,27 @@ def key(
     _print({"key": made, "tenant": tenant, "sha256": digest}, f"{made}\n\nkeys:\n{entry}", as_json)
 
 
-def _arguments(model: str | None, host: str, min_replicas: int, max_replicas: int, keys: Path | None) -> dict[str, Any]:
+def _arguments(
+    model: str | None, host: str, min_replicas: int, max_replicas: int, keys: Path | None, sets: Iterable[str]
+) -> Args:
     if model is None:
         raise ConfigError("--model is needed, for example --model unet@production")
     if min_replicas > max_replicas:
         raise ConfigError(f"--min-replicas ({min_replicas}) is above --max-replicas ({max_replicas}): lower it")
     if host not in _LOOPBACK and keys is None:
         raise ConfigError(f"{host} is open to others: ask for keys with --keys FILE, or stay on 127.0.0.1")
-    return {
+    given: dict[str, Any] = {
         "store": store_uri_from_environment(),
         "model": model,
         "min_replicas": min_replicas,
         "max_replicas": max_replicas,
         "keys": read_keys(keys) if keys else (),
     }
+    try:
+        return Args.model_validate(given | dict(map(read_override, sets)))
+    except ValidationError as error:
+        wrong = (f"{'.'.join(map(str, part['loc']))}: {part['msg']}" for part in error.errors(include_input=False))
+        raise ConfigError(f"{'; '.join(wrong)} (serve/application.yaml shows all settings)") from None
 
 
 def _check_model(store: str, model: str) -> None:
@@ -116,14 +131,12 @@ def _is_ours(address: str) -> bool:
     return answer.text == "success"
 
 
-def _start(args: dict[str, Any], host: str, port: int) -> None:
+def _start(settings: Args, host: str, port: int) -> None:
     _connect()
     from ray import serve as ray_serve
 
     from kintsugi_serve.app import build
-    from kintsugi_serve.schemas import Args
 
-    settings = Args.model_validate(args)
     options: dict[str, Any] = {"host": host, "port": port, "request_timeout_s": settings.timeout_s + 30}
     ray_serve.start(proxy_location="HeadOnly", http_options=options)
     try:

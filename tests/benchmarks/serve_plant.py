@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import torch
 from gateway import Gateway
+from malformed_parts import PIXELS
 
 from kintsugi import imaging, local
 from kintsugi.checkpoint import save_checkpoint
@@ -91,7 +92,7 @@ def plant(replicas: int) -> Iterator[tuple[Plant, Gateway, str]]:
         for seed in (1, 2):
             publish(here, seed)
         Registry(here.store).promote("unet@1")
-        sizes = ("--min-replicas", str(replicas), "--max-replicas", str(replicas))
+        sizes = ("--min-replicas", str(replicas), "--max-replicas", str(replicas), "--set", f"max_pixels={PIXELS}")
         served = json.loads(here.kintsugi("serve", "--model", "unet@production", *sizes, "--json"))
         address = served["address"]
         (folder / "gateway").mkdir()

@@ -89,6 +89,14 @@ def test_a_key_of_a_name_that_is_no_tenant_is_refused(capsys: pytest.CaptureFixt
     assert "use a to z" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("given", "told"), [("threads=0", "threads"), ("treads=2", "treads"), ("threads", "key=value"), ("x=[", "YAML")]
+)
+def test_a_setting_that_is_wrong_is_named(given: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        commands.serve(model="unet", sets=[given])
+
+
 def test_bounds_that_cross_are_refused() -> None:
     with pytest.raises(ConfigError, match="--min-replicas"):
         commands.serve(model="unet", min_replicas=3, max_replicas=2)
