@@ -4,7 +4,9 @@ The network is traced for sides that are multiples of its stride, which leaves h
 The frame fills sides up before it and cuts them back after it, in a few operators that every runtime knows.
 """
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -123,9 +125,9 @@ class Frame:
         Raises:
             KintsugiError: parts of it, for example of its timm encoder, have no counterpart in ONNX.
         """
-        from onnx import helper, version_converter
+        from onnx import helper
 
-        core = self._trace_core(graph)
+        core = _lowered(self._trace_core(graph), self.settings.opset)
         constants: dict[str, list[int]] = {}
         before, after = ([], []) if self._fits else (list(self._fill(constants)), list(self._cut(constants)))
         whole = helper.make_graph(
@@ -135,11 +137,9 @@ class Frame:
             [_value(name, shape) for name, shape in self.outputs.items()],
             [*core.graph.initializer, *(_integers(name, values) for name, values in constants.items())],
         )
-        model = helper.make_model(
+        return helper.make_model(
             whole, opset_imports=core.opset_import, ir_version=core.ir_version, functions=core.functions
         )
-        opset = self.settings.opset
-        return model if opset >= _NATIVE else version_converter.convert_version(model, opset)
 
     def _trace_core(self, graph: Graph) -> "ModelProto":
         """The network for sides that are multiples of its stride."""
@@ -151,17 +151,18 @@ class Frame:
             free |= {2: self.stride * dim("rows"), 3: self.stride * dim("columns")}
         examples = tuple(torch.zeros(2, cast(int, shape[1]), *sides) for shape in self.inputs.values())
         try:
-            program = torch.onnx.export(
-                graph,
-                examples,
-                input_names=[self._inner(name) for name in self.inputs],
-                output_names=[self._inner(name) for name in self.outputs],
-                dynamic_shapes=(free,) * len(examples),
-                opset_version=max(self.settings.opset, _NATIVE),
-                custom_translation_table=_translations(),
-                dynamo=True,
-                verbose=False,
-            )
+            with _quiet():
+                program = torch.onnx.export(
+                    graph,
+                    examples,
+                    input_names=[self._inner(name) for name in self.inputs],
+                    output_names=[self._inner(name) for name in self.outputs],
+                    dynamic_shapes=(free,) * len(examples),
+                    opset_version=max(self.settings.opset, _NATIVE),
+                    custom_translation_table=_translations(),
+                    dynamo=True,
+                    verbose=False,
+                )
         except torch.onnx.OnnxExporterError as error:
             raise KintsugiError(
                 f"this model cannot be written as ONNX ({str(error).splitlines()[0]}): serve it with 'kintsugi serve'"
@@ -207,6 +208,38 @@ class Frame:
     def _cut(self, constants: dict[str, list[int]]) -> "Iterator[NodeProto]":
         for name in self.outputs:
             yield _node("Slice", [self._inner(name), "frame_origin", "frame_size", "frame_axes"], name)
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Without the remark that two inputs have the same free sides, which is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*axis name.*", category=UserWarning)
+        yield
+
+
+def _lowered(core: "ModelProto", opset: int) -> "ModelProto":
+    """The same in opset 17, where axes of reductions are attributes; onnx' own converter leaves some of it undone.
+
+    What else changed in 18, the checker finds.
+    """
+    from onnx import helper, numpy_helper
+
+    if opset >= _NATIVE:
+        return core
+    known = {part.name: part for part in core.graph.initializer}
+    later = {"noop_with_empty_axes", "num_outputs", "antialias", "keep_aspect_ratio_policy"}
+    for node in core.graph.node:
+        kept = [attribute for attribute in node.attribute if attribute.name not in later]
+        if node.op_type in ("ReduceMean", "ReduceMax"):
+            kept.append(helper.make_attribute("axes", numpy_helper.to_array(known[node.input.pop()]).tolist()))
+        del node.attribute[:]
+        node.attribute.extend(kept)
+    used = {name for node in core.graph.node for name in node.input}
+    for name in known.keys() - used:
+        core.graph.initializer.remove(known[name])
+    core.opset_import[0].version = opset
+    return core
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:

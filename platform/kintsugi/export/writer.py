@@ -119,9 +119,14 @@ def _describe(model: "ModelProto", facts: dict[str, str]) -> None:
 
 def _check_operators(model: "ModelProto") -> None:
     """ONNX' own checker, and that nothing is needed that only some runtimes know."""
-    from onnx import checker
+    from onnx import checker, shape_inference
 
-    checker.check_model(model, full_check=True)
+    try:
+        checker.check_model(model, full_check=True)
+    except (checker.ValidationError, shape_inference.InferenceError) as error:
+        raise KintsugiError(
+            f"the graph is not valid ONNX ({str(error).splitlines()[0]}): try another --opset, 18 for example"
+        ) from error
     foreign = {f"{node.domain}.{node.op_type}" for node in model.graph.node if node.domain}
     foreign |= {function.name for function in model.functions}
     if foreign:
