@@ -243,11 +243,14 @@ def _lowered(core: "ModelProto", opset: int) -> "ModelProto":
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """PixelUnshuffle as one operator, which it is in ONNX too but for the order of channels.
+    """Folding pixels into channels and back as one operator each, and as none with a stem of 1.
 
-    The exporter's own way, Reshape and Transpose over six axes, brings arithmetic on shapes with it.
+    PixelUnshuffle becomes a strided convolution that picks each pixel once. The exporter's own way, Reshape and
+    Transpose over six axes, brings arithmetic on shapes with it; SpaceToDepth orders channels otherwise, and OpenVINO
+    2026.4 loses a Gather that puts them right.
     """
     import onnxscript
+    from onnx import numpy_helper
 
     # Its own types cannot say that an answer may be given on.
     op: Any = onnxscript.opset18
@@ -255,13 +258,18 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def unshuffle(image: Any, downscale_factor: int) -> Any:
         if downscale_factor == 1:
             return op.Identity(image)
-        folded, channels = op.SpaceToDepth(image, blocksize=downscale_factor), int(image.shape[1])
-        if channels == 1:
-            return folded
-        order = [place * channels + channel for channel in range(channels) for place in range(downscale_factor**2)]
-        return op.Gather(folded, op.Constant(value_ints=order), axis=1)
+        taps, channels = downscale_factor**2, int(image.shape[1])
+        picks = np.eye(channels * taps, dtype=np.float32).reshape(-1, channels, downscale_factor, downscale_factor)
+        kernel = op.Constant(value=numpy_helper.from_array(picks))
+        return op.Conv(image, kernel, strides=[downscale_factor, downscale_factor])
 
-    return {torch.ops.aten.pixel_unshuffle.default: unshuffle}
+    def shuffle(image: Any, upscale_factor: int) -> Any:
+        if upscale_factor == 1:
+            return op.Identity(image)
+        return op.DepthToSpace(image, blocksize=upscale_factor, mode="CRD")
+
+    aten = torch.ops.aten
+    return {aten.pixel_unshuffle.default: unshuffle, aten.pixel_shuffle.default: shuffle}
 
 
 def _value(name: str, shape: Shape) -> "ValueInfoProto":
