@@ -24,7 +24,12 @@ demo: $(STAMP) ## Go the whole way on this machine; ARGS= for 'kintsugi demo'
 
 .PHONY: test
 test: $(STAMP) ## Run the tests; ARGS= for pytest
+	@infra/gateway/get-nginx > /dev/null || echo "warning: the tests of the gateway are skipped" >&2
 	$(BIN)/pytest $(ARGS)
+
+.PHONY: nginx
+nginx: ## Unpack Debian's nginx into .kintsugi, unless there is one already
+	@infra/gateway/get-nginx
 
 .PHONY: check
 check: $(STAMP) ## Lint, format, types, import arrows

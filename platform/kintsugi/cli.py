@@ -46,9 +46,10 @@ COMMANDS: Table = {
     "models show": ("kintsugi.commands.models:show", "Show a version's config and scorecard."),
     "models promote": ("kintsugi.commands.models:promote", "Point an alias at a version."),
     "models rollback": ("kintsugi.commands.models:rollback", "Point an alias back at the version before."),
-    "restore": ("kintsugi.commands.restore:restore", "Restore one image file."),
+    "restore": ("kintsugi.commands.restore:restore", "Restore an image file or a folder, here or by a service."),
     "export": ("kintsugi.commands.export:export", "Write a model as ONNX, for HALCON, OpenVINO, TensorRT and others."),
     "serve": ("kintsugi_serve.commands:serve", "Serve a model over HTTP with Ray Serve."),
+    "serve key": ("kintsugi_serve.commands:key", "Make a key for callers of the service."),
 }
 GROUPS = {
     "data": "Datasets: build and inspect.",

@@ -9,6 +9,7 @@ orientation tag turns them. Depth inside the container is explicit: a 12-bit cam
 import contextlib
 import io
 import warnings
+import zlib
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -19,6 +20,13 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image as PillowImage
 
+from kintsugi.completeness import (
+    check_bmp_offset,
+    check_png_chunks,
+    check_tiff_ends,
+    check_tiff_parts,
+    with_filled_scans,
+)
 from kintsugi.errors import ImageError
 
 Format = Literal["png", "tiff", "jpeg", "bmp"]
@@ -36,6 +44,8 @@ _MAGIC: tuple[tuple[bytes, Format], ...] = (
     (b"\xff\xd8\xff", "jpeg"),
     (b"BM", "bmp"),
 )
+_NOTE = b"kintsugi"
+_AFTER_IHDR = 33
 NEGATIVE = ("photometric", "miniswhite")
 DEPTHS = (np.uint8, np.uint16)
 _PILLOW_MODES = {"L": "grey", "RGB": "rgb", "1": "black and white", "P": "palette"}
@@ -101,6 +111,15 @@ class Image:
         return NEGATIVE in self.tags
 
 
+@contextlib.contextmanager
+def _within_memory() -> Generator[None]:
+    try:
+        yield
+    except MemoryError as error:
+        raise ImageError("too_large", "the image needs more memory than there is: cut it into parts") from error
+
+
+@_within_memory()
 def decode(data: bytes, *, white_level: int | None = None, max_pixels: int = MAX_PIXELS) -> Image:
     """Read an image; its size is checked before anything is decompressed.
 
@@ -112,7 +131,7 @@ def decode(data: bytes, *, white_level: int | None = None, max_pixels: int = MAX
         pixels, tags = _decode_tiff(data, max_pixels)
     else:
         _check_header(data, kind, max_pixels)
-        pixels, tags = _decode_with_opencv(data, kind), ()
+        pixels, tags = _decode_jpeg(data) if kind == "jpeg" else _decode_with_opencv(data, kind), ()
     image = Image(pixels, kind, fitting_white_level(pixels.dtype, white_level), tags)
     check_pixels(image)
     return image
@@ -149,6 +168,7 @@ def check_pixels(image: Image) -> None:
         )
 
 
+@_within_memory()
 def decode_mask(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.bool_]:
     """Read a defect mask as (H, W) bool: all but black is defect, at any depth, with any palette.
 
@@ -161,19 +181,27 @@ def decode_mask(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.bool
     else:
         with _header(data, kind) as header:
             check_size(header.height, header.width, max_pixels)
-        pixels = _opencv(data)
+        pixels = _decode_jpeg(data) if kind == "jpeg" else _opencv(data)
         # Alpha, where a drawing tool left it, says nothing about defects.
         pixels = pixels[..., :3] if pixels.ndim == 3 else pixels
     mask = pixels > (127 if kind == "jpeg" else 0)
     return mask.any(axis=2) if mask.ndim == 3 else mask
 
 
-def encode(image: Image, *, quality: int = 100) -> bytes:
-    """Write the image in its own format: lossless, except JPEG, which is written at `quality` in 4:4:4."""
+def encode(image: Image, *, quality: int = 100, note: str | None = None) -> bytes:
+    """Write the image in its own format: lossless, except JPEG, which is written at `quality` in 4:4:4.
+
+    Args:
+        note: ASCII text for the file, as iTXt `kintsugi` of a PNG or ImageDescription of a TIFF; `note_of` reads it.
+    """
+    if note is not None and image.format not in ("png", "tiff"):
+        raise ImageError(
+            "unsupported_format", f"a {image.format} holds no facts: ask without them, or send PNG or TIFF"
+        )
     if image.channels not in (1, 3):
         raise ImageError("unsupported_mode", f"an image of {image.channels} channels fits no file: grey and RGB do")
     if image.format == "tiff":
-        return _encode_tiff(image)
+        return _encode_tiff(image, note)
     if image.bit_depth == 16 and image.format != "png":
         raise ImageError("unsupported_mode", f"{image.format} holds 8 bits a sample: use PNG or TIFF for 16")
     pixels = image.pixels[..., ::-1] if image.channels == 3 else image.pixels
@@ -189,7 +217,26 @@ def encode(image: Image, *, quality: int = 100) -> bytes:
     ok, data = cv2.imencode("." + image.format, np.ascontiguousarray(pixels), options.get(image.format, []))
     if not ok:
         raise ImageError("unsupported_mode", f"the image could not be written as {image.format}")
-    return data.tobytes()
+    return data.tobytes() if note is None else _with_text(data.tobytes(), note)
+
+
+def note_of(data: bytes) -> str | None:
+    """The text that `encode` put into a PNG or a TIFF; None where there is none."""
+    kind = sniff(data)
+    if kind == "tiff":
+        with tifffile.TiffFile(io.BytesIO(data)) as tiff:
+            return tiff.pages.first.description or None
+    if kind != "png":
+        return None
+    with _header(data, kind) as header:
+        return header.info.get(_NOTE.decode())
+
+
+def _with_text(png: bytes, text: str) -> bytes:
+    """The PNG with an iTXt chunk after its header: keyword, no compression, no language, UTF-8 text."""
+    body = b"iTXt" + _NOTE + bytes(5) + text.encode()
+    chunk = (len(body) - 4).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
+    return png[:_AFTER_IHDR] + chunk + png[_AFTER_IHDR:]
 
 
 def encode_mask(mask: NDArray[np.bool_]) -> bytes:
@@ -226,10 +273,28 @@ def _opencv(data: bytes) -> Any:
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error as error:
+        if error.code == cv2.Error.StsNoMem:
+            raise MemoryError from error
         raise ImageError("undecodable", f"the image cannot be decoded ({error.err})") from error
     if pixels is None:
         raise ImageError("undecodable", "the image cannot be decoded: it is damaged or cut off")
     return pixels
+
+
+def _decode_jpeg(data: bytes) -> Any:
+    """libjpeg makes up what a scan lacks. That shows when other bits follow the scan: a whole one never reads them."""
+    pixels, again = (_pillow_jpeg(version) for version in (data, with_filled_scans(data)))
+    if not np.array_equal(pixels, again):
+        raise ImageError("undecodable", "the JPEG lacks a part of its image: send it whole")
+    return pixels
+
+
+def _pillow_jpeg(data: bytes) -> Pixels:
+    with _header(data, "jpeg") as picture:
+        try:
+            return np.array(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ImageError("undecodable", "the image cannot be decoded: it is damaged or cut off") from error
 
 
 def _check_header(data: bytes, kind: Format, max_pixels: int) -> None:
@@ -242,6 +307,8 @@ def _check_header(data: bytes, kind: Format, max_pixels: int) -> None:
             mode, bits = _PNG_MODES.get(data[25], "unknown"), data[24]
         else:
             mode, bits = _PILLOW_MODES.get(header.mode, header.mode), _bmp_bits(data) if kind == "bmp" else 8
+        if kind == "bmp" and header.info.get("compression"):
+            mode += " with run lengths"  # which may leave pixels out
         if "transparency" in header.info:
             mode += " with a transparent colour"
     if mode not in ("grey", "rgb") or bits not in ((8, 24) if kind == "bmp" else (8, 16)):
@@ -255,7 +322,9 @@ def _check_header(data: bytes, kind: Format, max_pixels: int) -> None:
 def _header(data: bytes, kind: Format) -> Generator[PillowImage.Image]:
     """Pillow's view of the file, before any pixel is decompressed."""
     if kind == "png":
-        _check_png_chunks(data)
+        check_png_chunks(data)
+    if kind == "bmp":
+        check_bmp_offset(data)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PillowImage.DecompressionBombWarning)
@@ -266,15 +335,6 @@ def _header(data: bytes, kind: Format) -> Generator[PillowImage.Image]:
         raise ImageError("undecodable", "the image's header cannot be read: it is damaged or cut off") from error
     with header:
         yield header
-
-
-def _check_png_chunks(data: bytes) -> None:
-    """Refuse a chunk that claims to reach beyond the file: OpenCV 5.0 would first clear up to 2 GiB for it."""
-    at = 8
-    while data[at + 4 : at + 8] != b"IEND":
-        at += 12 + int.from_bytes(data[at : at + 4], "big")
-        if at + 12 > len(data):
-            raise ImageError("undecodable", "the PNG is damaged or cut off: send it whole")
 
 
 def _bmp_bits(data: bytes) -> int:
@@ -304,10 +364,11 @@ def _decode_tiff(
                     "unsupported_mode", f"a TIFF of {len(tiff.pages)} pages is not restored: send them one by one"
                 )
             page: Any = tiff.pages[0]
+            check_tiff_ends(tiff)
             check_tiff_page(page, max_pixels, depths)
             tags = ("compression", page.compression.name.lower()), ("photometric", page.photometric.name.lower())
             pixels: Any = page.asarray()
-    except ImageError:
+    except (ImageError, MemoryError):
         raise
     except Exception as error:  # tifffile and its codecs raise whatever their C code meets
         raise ImageError("undecodable", f"the TIFF cannot be decoded ({type(error).__name__}: {error})") from error
@@ -329,6 +390,7 @@ def check_tiff_page(page: Any, max_pixels: int, depths: tuple[type[np.generic], 
             f"a TIFF of {samples} x {bits} bits ({page.dtype}) in mode '{mode}' is not restored: "
             "save it as 8- or 16-bit grey or RGB",
         )
+    check_tiff_parts(page)
 
 
 def tiff_options(image: Image) -> dict[str, Any]:
@@ -343,7 +405,7 @@ def tiff_options(image: Image) -> dict[str, Any]:
     }
 
 
-def _encode_tiff(image: Image) -> bytes:
+def _encode_tiff(image: Image, note: str | None) -> bytes:
     buffer = io.BytesIO()
-    tifffile.imwrite(buffer, image.pixels, **tiff_options(image))
+    tifffile.imwrite(buffer, image.pixels, description=note, **tiff_options(image))
     return buffer.getvalue()

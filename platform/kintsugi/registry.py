@@ -1,6 +1,6 @@
 """Registry: immutable model versions and movable aliases over an ObjectStore.
 
-models/<name>/versions/<n>/{weights.safetensors, config.yaml, card.json, metrics.json, scorecard.json, manifest.json}
+models/<name>/versions/<n>/{weights.safetensors, config.yaml, {card,metrics,scorecard,manifest}.json, golden.png}
 models/<name>/aliases/<alias>.json
 """
 
@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, computed
 from kintsugi.checkpoint import CARD, CONFIG, METRICS, WEIGHTS, load_checkpoint
 from kintsugi.errors import ConfigError, IntegrityError, ModelNotFound, ObjectNotFound, PreconditionFailed
 from kintsugi.manifest import MANIFEST, get_folder, make_manifest, put_folder, read_manifest
+from kintsugi.restore.golden import GOLDEN, make_golden
+from kintsugi.restore.restorer import Restorer
 from kintsugi.storage import ObjectStore, cache_folder
 from kintsugi.trust.report import CALIBRATION
 
@@ -76,7 +78,10 @@ class Registry:
         """Publish a checkpoint folder with its scorecard as the next version.
 
         A number is claimed by creating its first file (If-None-Match), so two publishers never share one;
-        a version exists for readers once its manifest does.
+        a version exists for readers once its manifest does. Its answer to a probe goes with it (`restore.golden`).
+
+        Raises:
+            KintsugiError: the model does not restore.
         """
         _check_name(name)
         found = load_checkpoint(checkpoint)
@@ -86,6 +91,9 @@ class Registry:
             for part in (WEIGHTS, CONFIG, CARD, METRICS, *calibrated):
                 shutil.copyfile(checkpoint / part, folder / part)
             (folder / SCORECARD).write_bytes(scorecard)
+            golden = make_golden(Restorer.from_checkpoint(checkpoint))
+            if golden is not None:
+                (folder / GOLDEN).write_bytes(golden)
             meta: dict[str, JsonValue] = {
                 "name": name,
                 "dataset_digest": str(found.card.get("dataset_digest", "")),
@@ -154,6 +162,14 @@ class Registry:
         if not versions:
             raise ModelNotFound(f"there is no model '{name}': 'kintsugi models list' shows what exists")
         return versions[-1]
+
+    def before(self, ref: str) -> ModelVersion | None:
+        """The version that a rollback of `name@alias` would return to; None if there is none, or `ref` is no alias."""
+        name, _, alias = ref.partition("@")
+        if not alias or alias.isdecimal():
+            return None
+        number = self._alias(_alias_key(name, alias))[0].before()
+        return None if number is None else self.version(name, number)
 
     def promote(self, ref: str, alias: str = "production", *, expected: Expected = "any") -> ModelVersion:
         """Point `alias` at a version.

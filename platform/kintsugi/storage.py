@@ -5,115 +5,58 @@ This is the only place that touches boto3.
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import shutil
+import stat
 import threading
 import time
 import uuid
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from kintsugi.errors import (
-    ConfigError,
-    ObjectNotFound,
-    PreconditionFailed,
-    StoreError,
-    StoreUnavailable,
+from kintsugi.errors import ConfigError, ObjectNotFound, PreconditionFailed, StoreError, StoreUnavailable
+from kintsugi.objects import (
+    MemoryStore,
+    ObjectInfo,
+    ObjectStore,
+    changed,
+    check_condition,
+    checked_key,
+    checked_prefix,
+    missing,
+    sha256,
 )
 from kintsugi.retry import persist
 
+__all__ = [
+    "LONG",
+    "LocalStore",
+    "MemoryStore",
+    "ObjectInfo",
+    "ObjectStore",
+    "Patience",
+    "S3Store",
+    "cache_folder",
+    "checked_key",
+    "checked_prefix",
+    "open_store",
+    "sha256",
+    "store_uri_from_environment",
+    "write_atomically",
+]
+
 T = TypeVar("T")
 
+# The session that all clients come from is not for many threads at once, as the clients are (boto3's guide to clients).
+_MAKING_CLIENTS = threading.Lock()
 _OWN = ".kintsugi-"  # names of the store's own files in a folder
 # S3 answers 400 to these (docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html).
 _CREDENTIAL_CODES = ("ExpiredToken", "InvalidToken", "TokenRefreshRequired", "AuthorizationHeaderMalformed")
 _TRANSIENT_CODES = ("RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded", "SlowDown")
-
-
-@dataclass(frozen=True)
-class ObjectInfo:
-    """What a listing knows of an object. `size` in bytes."""
-
-    key: str
-    size: int
-
-
-class ObjectStore(ABC):
-    """Bytes under `/`-separated keys below one root URI.
-
-    `put` takes at most one condition: `if_none_match` (create only) or `if_match` (an ETag that
-    `get_with_etag` gave); a condition that does not hold raises PreconditionFailed.
-    """
-
-    uri: str
-
-    @abstractmethod
-    def get_with_etag(self, key: str) -> tuple[bytes, str]: ...
-
-    @abstractmethod
-    def put(
-        self, key: str, data: bytes | Path, *, if_none_match: bool = False, if_match: str | None = None
-    ) -> None: ...
-
-    @abstractmethod
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]: ...
-
-    @abstractmethod
-    def delete(self, key: str) -> None: ...
-
-    @abstractmethod
-    def download(self, key: str, path: Path) -> None:
-        """Write the object to `path`, without holding it in memory where the store allows."""
-
-    def get(self, key: str) -> bytes:
-        return self.get_with_etag(key)[0]
-
-    def exists(self, key: str) -> bool:
-        return any(info.key == key for info in self.list(key))
-
-
-class MemoryStore(ObjectStore):
-    """A store in this process, for tests; another process gets a copy."""
-
-    def __init__(self, objects: Mapping[str, bytes] | None = None) -> None:
-        self.uri = "memory://"
-        self._objects = dict(objects or {})
-        self._lock = threading.Lock()
-
-    def __reduce__(self) -> tuple[type["MemoryStore"], tuple[dict[str, bytes]]]:
-        return MemoryStore, (self._objects,)
-
-    def get_with_etag(self, key: str) -> tuple[bytes, str]:
-        try:
-            data = self._objects[checked_key(key)]
-        except KeyError:
-            raise ObjectNotFound(_missing(self.uri, key)) from None
-        return data, sha256(data)
-
-    def put(self, key: str, data: bytes | Path, *, if_none_match: bool = False, if_match: str | None = None) -> None:
-        body = data if isinstance(data, bytes) else data.read_bytes()
-        with self._lock:
-            _check_condition(self._objects.get(checked_key(key)), key, if_none_match, if_match)
-            self._objects[key] = body
-
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        start = checked_prefix(prefix)
-        with self._lock:
-            found = {key: len(data) for key, data in self._objects.items() if key.startswith(start)}
-        for key in sorted(found):
-            yield ObjectInfo(key, found[key])
-
-    def delete(self, key: str) -> None:
-        self._objects.pop(checked_key(key), None)
-
-    def download(self, key: str, path: Path) -> None:
-        path.write_bytes(self.get(key))
 
 
 class LocalStore(ObjectStore):
@@ -135,7 +78,7 @@ class LocalStore(ObjectStore):
             path.parent.mkdir(parents=True, exist_ok=True)
             with self._locked():
                 current = path.read_bytes() if path.exists() else None
-                _check_condition(current, key, if_none_match, if_match)
+                check_condition(current, key, if_none_match, if_match)
                 write_atomically(path, body)
         except OSError as error:
             raise StoreError(f"cannot write {path} ({error}): check the folder's permissions and free space") from error
@@ -147,6 +90,13 @@ class LocalStore(ObjectStore):
                 with contextlib.suppress(FileNotFoundError):  # deleted by someone else since
                     if path.is_file():
                         yield ObjectInfo(key, path.stat().st_size)
+
+    def size(self, key: str) -> int:
+        with self._errors(key):
+            found = self._path(key).stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise ObjectNotFound(missing(self.uri, key))
+        return found.st_size
 
     def delete(self, key: str) -> None:
         with contextlib.suppress(ObjectNotFound), self._errors(key):
@@ -164,7 +114,7 @@ class LocalStore(ObjectStore):
         try:
             yield
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-            raise ObjectNotFound(_missing(self.uri, key)) from error
+            raise ObjectNotFound(missing(self.uri, key)) from error
         except OSError as error:
             raise StoreError(f"cannot use {self.uri}/{key} ({error}): check the folder's permissions") from error
 
@@ -215,7 +165,8 @@ class S3Store(ObjectStore):
 
         retries = {"mode": "standard", "total_max_attempts": self.patience.requests}
         timeouts = {"connect_timeout": self.patience.connect_s, "read_timeout": self.patience.stall_s}
-        return boto3.client("s3", config=Config(retries=retries, **timeouts))
+        with _MAKING_CLIENTS:
+            return boto3.client("s3", config=Config(retries=retries, **timeouts))
 
     def __reduce__(self) -> tuple[type["S3Store"], tuple[str, Patience]]:
         return type(self), (self.uri, self.patience)
@@ -240,7 +191,7 @@ class S3Store(ObjectStore):
             with self._errors(key):
                 self._client.put_object(Bucket=self.bucket, Key=self._key(key), Body=body, **condition)
         except ObjectNotFound as error:  # S3 answers 404, not 412, where IfMatch names an object that is gone
-            raise PreconditionFailed(_changed(key)) from error
+            raise PreconditionFailed(changed(key)) from error
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         request = {"Bucket": self.bucket, "Prefix": self._prefix + checked_prefix(prefix)}
@@ -251,6 +202,10 @@ class S3Store(ObjectStore):
             if not page.get("IsTruncated"):
                 return
             request["ContinuationToken"] = page["NextContinuationToken"]
+
+    def size(self, key: str) -> int:
+        answer = self._persist(key, lambda: self._client.head_object(Bucket=self.bucket, Key=self._key(key)))
+        return answer["ContentLength"]
 
     def delete(self, key: str) -> None:
         self._persist(key, lambda: self._client.delete_object(Bucket=self.bucket, Key=self._key(key)))
@@ -332,39 +287,6 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def checked_key(key: str) -> str:
-    """The key itself, if it stays below the store's root."""
-    if not key or key.startswith("/") or any(part in ("", ".", "..") for part in key.split("/")) or "\0" in key:
-        raise StoreError(f"{key!r} is not a key: use names separated by single slashes, without '..'")
-    return key
-
-
-def checked_prefix(prefix: str) -> str:
-    """The start of a key: empty, or a key that may end in a slash."""
-    if prefix:
-        checked_key(prefix.removesuffix("/"))
-    return prefix
-
-
-def _missing(uri: str, key: str) -> str:
-    return f"there is no {uri}/{key}"
-
-
-def _changed(key: str) -> str:
-    return f"{key} was changed by someone else: read it again"
-
-
-def _check_condition(current: bytes | None, key: str, if_none_match: bool, if_match: str | None) -> None:
-    if if_none_match and current is not None:
-        raise PreconditionFailed(f"{key} exists already")
-    if if_match is not None and (current is None or sha256(current) != if_match):
-        raise PreconditionFailed(_changed(key))
-
-
 def _from_boto(error: Exception, uri: str, key: str) -> StoreError:
     """Map whatever boto3 raises; an upload hides the store's answer in the exception's context."""
     from boto3.exceptions import Boto3Error
@@ -385,7 +307,7 @@ def _from_client_error(error: Any, uri: str, key: str) -> StoreError:
     code = str(error.response.get("Error", {}).get("Code", ""))
     status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     if code in ("NoSuchKey", "404", "NotFound"):
-        return ObjectNotFound(_missing(uri, key))
+        return ObjectNotFound(missing(uri, key))
     if code == "NoSuchBucket":
         return StoreError(f"{uri}: there is no such bucket: create it, or correct KINTSUGI_STORE")
     if status in (409, 412):

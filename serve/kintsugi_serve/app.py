@@ -1,6 +1,9 @@
 """The Ray Serve application: a thin ingress and autoscaled replicas. Import path: `kintsugi_serve.app:build`."""
 
 import asyncio
+import logging
+import time
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI
@@ -13,24 +16,45 @@ from ray.serve.handle import DeploymentHandle
 from kintsugi.errors import KintsugiError
 from kintsugi.storage import open_store
 from kintsugi_serve.api import build_api
+from kintsugi_serve.jobs import Answer, Job, LoadedModel, Rejection, Serving
 from kintsugi_serve.replica import Replica
-from kintsugi_serve.schemas import Answer, Args, Job, LoadedModel, Refusal, Rejection, Settings
+from kintsugi_serve.schemas import Args, Refusal, Settings
+
+logger = logging.getLogger(__name__)
 
 DESCRIBE_TIMEOUT_S = 5.0
+TRIES = 3
 
 
 class ReplicaBackend:
-    """The replicas behind a Ray handle; what Ray raises becomes a Refusal with Retry-After."""
+    """The replicas behind a Ray handle; what Ray raises becomes a Refusal with Retry-After.
+
+    Ray Serve does not replay a request whose replica died. Restoring has no side effect, so another one tries, at
+    most `TRIES` in all and within the request's budget.
+    """
 
     def __init__(self, handle: DeploymentHandle[Replica], timeout_s: float) -> None:
         self._handle = handle
         self._timeout_s = timeout_s
 
     async def restore(self, job: Job) -> Answer | Rejection:
-        return await _result(self._handle.restore.remote(job), self._timeout_s)
+        handle = self._handle if job.model is None else self._handle.options(multiplexed_model_id=job.model)
+        ends = time.monotonic() + job.budget_s
+        for left_over in reversed(range(TRIES)):
+            budget = max(ends - time.monotonic(), 0.001)
+            try:
+                return await _result(handle.restore.remote(replace(job, budget_s=budget)), budget)
+            except Refusal as refusal:
+                if refusal.code != "unavailable" or not left_over:
+                    raise
+                logger.warning("a replica went away while it worked: another one tries")
+        raise AssertionError("unreachable")
 
-    async def describe(self) -> LoadedModel:
+    async def describe(self) -> Serving:
         return await _result(self._handle.describe.remote(), DESCRIBE_TIMEOUT_S)
+
+    async def resolve(self, model: str | None) -> LoadedModel:
+        return await _result(self._handle.resolve.remote(model), DESCRIBE_TIMEOUT_S)
 
     async def published(self) -> list[dict[str, Any]]:
         return await _result(self._handle.published.remote(), self._timeout_s)
@@ -43,6 +67,9 @@ async def _result(response: Any, timeout_s: float) -> Any:
     except TimeoutError:
         response.cancel()
         raise Refusal("timeout", f"no answer within {timeout_s:g} s: try again, or send smaller images") from None
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
     except RayTaskError as error:
         if isinstance(error.cause, KintsugiError):
             raise error.cause from error
@@ -68,29 +95,28 @@ class Ingress:
 def build(args: Args) -> serve.Application:
     """The application for `serve run`, `serve deploy` and `kintsugi serve`.
 
-    An alias is resolved here, once, so that all replicas serve one version, also those that are started later.
-    To swap the model in place, change the Replica deployment's `user_config`.
+    Every replica follows an alias (`args.follow_s`), also those that are started later. To name another model, change
+    the Replica deployment's `user_config`: replicas swap it in place.
 
     Raises:
         ModelNotFound: `args.model` names no published model.
     """
     from kintsugi.registry import Registry
 
-    version = Registry(open_store(args.store)).resolve(args.model)
+    Registry(open_store(args.store)).resolve(args.model)
     settings = args.settings()
-    ongoing = 2 * args.max_batch_size
     replicas = serve.deployment(
         name="Replica",
-        user_config={"model": f"{version.name}@{version.number}"},
+        user_config={"model": args.model},
         ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
-        max_ongoing_requests=ongoing,
+        max_ongoing_requests=args.max_ongoing_requests,
         max_queued_requests=args.max_queued_requests,
         autoscaling_config={
             "min_replicas": args.min_replicas,
             "max_replicas": args.max_replicas,
             "target_ongoing_requests": args.target_ongoing_requests,
-            "upscale_delay_s": 5,
-            "downscale_delay_s": 120,
+            "upscale_delay_s": args.upscale_delay_s,
+            "downscale_delay_s": args.downscale_delay_s,
         },
         max_surge_percent=100,
         max_constructor_retry_count=3,
@@ -99,8 +125,9 @@ def build(args: Args) -> serve.Application:
     )(Replica)
     ingress = serve.deployment(
         name="Ingress",
+        num_replicas=args.ingress_replicas,
         ray_actor_options={"num_cpus": args.ingress_num_cpus},
-        max_ongoing_requests=args.max_replicas * ongoing + args.max_queued_requests + 16,
+        max_ongoing_requests=args.max_replicas * args.max_ongoing_requests + args.max_queued_requests + 16,
         max_queued_requests=args.max_queued_requests,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         max_surge_percent=100,

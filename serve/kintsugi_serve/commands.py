@@ -1,9 +1,12 @@
 """The `kintsugi serve` verb: puts a published model behind HTTP on the cluster."""
 
 import importlib
+import json
 import logging
+import re
 import socket
 import time
+from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
@@ -13,6 +16,7 @@ from kintsugi import cluster, local
 from kintsugi.commands.console import Json, print_json, say
 from kintsugi.errors import ConfigError, ModelNotFound, StackError
 from kintsugi.storage import open_store, store_uri_from_environment
+from kintsugi_serve.keys import TENANT, new_key, read_keys
 
 APP = "kintsugi"
 DEFAULT_PORT = 8000
@@ -28,8 +32,8 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     min_replicas: Annotated[int, typer.Option(min=0)] = 1,
     max_replicas: Annotated[int, typer.Option(min=1)] = 2,
-    api_key_sha256: Annotated[
-        list[str] | None, typer.Option(metavar="HEX", help="SHA-256 of a key to ask callers for; repeatable.")
+    keys: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="YAML file of the keys that open it ('kintsugi serve key').")
     ] = None,
     stop: Annotated[bool, typer.Option("--stop", help="Take the service down.")] = False,
     as_json: Json = False,
@@ -40,7 +44,7 @@ def serve(
         stopped = _stop()
         _print({"stopped": stopped}, "the service is down" if stopped else "no service was running", as_json)
         return
-    args = _arguments(model, host, min_replicas, max_replicas, api_key_sha256 or [])
+    args = _arguments(model, host, min_replicas, max_replicas, keys)
     port = port or (urlsplit(stack.endpoint).port if stack else None) or DEFAULT_PORT
     _check_model(args["store"], args["model"])
     _check_port(host, port)
@@ -54,22 +58,31 @@ def serve(
     )
 
 
-def _arguments(model: str | None, host: str, min_replicas: int, max_replicas: int, keys: list[str]) -> dict[str, Any]:
+def key(
+    tenant: Annotated[str, typer.Argument(help="Whose key it is: a to z, 0 to 9 and '-'.")],
+    as_json: Json = False,
+) -> None:
+    """Make a key, shown once, and its entry for the file of --keys, which holds only the key's hash."""
+    if not re.fullmatch(TENANT, tenant):
+        raise ConfigError(f"'{tenant}' is no tenant: use a to z, 0 to 9 and '-', up to 63")
+    made, digest = new_key()
+    entry = f"  - tenant: {json.dumps(tenant)}\n    sha256: {digest}\n    prefixes: []"
+    _print({"key": made, "tenant": tenant, "sha256": digest}, f"{made}\n\nkeys:\n{entry}", as_json)
+
+
+def _arguments(model: str | None, host: str, min_replicas: int, max_replicas: int, keys: Path | None) -> dict[str, Any]:
     if model is None:
         raise ConfigError("--model is needed, for example --model unet@production")
     if min_replicas > max_replicas:
         raise ConfigError(f"--min-replicas ({min_replicas}) is above --max-replicas ({max_replicas}): lower it")
-    if host not in _LOOPBACK and not keys:
-        raise ConfigError(f"{host} is open to others: ask for a key with --api-key-sha256, or stay on 127.0.0.1")
-    for key in keys:
-        if len(key) != 64 or not set(key) <= set("0123456789abcdef"):
-            raise ConfigError("--api-key-sha256 takes 64 hex digits: the output of printf %s KEY | sha256sum")
+    if host not in _LOOPBACK and keys is None:
+        raise ConfigError(f"{host} is open to others: ask for keys with --keys FILE, or stay on 127.0.0.1")
     return {
         "store": store_uri_from_environment(),
         "model": model,
         "min_replicas": min_replicas,
         "max_replicas": max_replicas,
-        "api_key_sha256": keys,
+        "keys": read_keys(keys) if keys else (),
     }
 
 

@@ -1,27 +1,38 @@
 """The edge of the service: admission (key, size, request id), metrics, and every error as a problem."""
 
-import base64
-import hashlib
-import hmac
+import asyncio
+import ipaddress
+import json
 import logging
 import re
 import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kintsugi import errors
+from kintsugi_serve.callers import Caller, Callers
+from kintsugi_serve.jobs import Answer, Serving
+from kintsugi_serve.requests import budget_s
 from kintsugi_serve.schemas import PROBLEMS, Problem, Refusal, Settings
 
 logger = logging.getLogger(__name__)
+audit_logger = logging.getLogger("kintsugi.audit")
+"""One JSON line for each request: who, what came in and went out by its hash, which model, what was said of it."""
+
+GRACE_S = 5.0
+_SHARES = (0.1, 0.25, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 1.0)
+_BATCHES = (1, 2, 4, 8, 16, 32)
 
 MAX_JSON_BYTES = 64 * 1024
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
@@ -36,6 +47,7 @@ ERROR_CODES: dict[type[Exception], str] = {
     errors.StoreError: "store_failed",
     errors.IntegrityError: "store_failed",
     errors.KintsugiError: "internal",
+    TimeoutError: "timeout",
     Exception: "internal",
 }
 _STATUS_CODES = {status: code for code, (status, _) in reversed(PROBLEMS.items())} | {422: "bad_request"}
@@ -43,6 +55,7 @@ _PRIVATE_DETAILS = {
     "internal": "something went wrong inside the service: report the request id to its operator",
     "store_failed": "the object store refused or holds damaged data: report the request id to the operator",
     "store_unavailable": "the object store did not answer: try again later",
+    "timeout": "the request was not done in time: try again, or send smaller images",
 }
 
 
@@ -59,6 +72,36 @@ class Metrics:
         self.received = Counter("kintsugi_received_bytes", "Request bodies", ("route",), registry=self.registry)
         self.sent = Counter("kintsugi_sent_bytes", "Response bodies", ("route",), registry=self.registry)
         self.alarms = Counter("kintsugi_alarms", "Answers with the defect alarm", ("model",), registry=self.registry)
+        self.ongoing = Gauge("kintsugi_ongoing_requests", "Requests on their way", registry=self.registry)
+        self.retention = Histogram(
+            "kintsugi_retention", "Defect retention of answers", ("model",), buckets=_SHARES, registry=self.registry
+        )
+        self.stages = Histogram(
+            "kintsugi_stage_seconds", "Decode, queue, model and encode of answers", ("stage",), registry=self.registry
+        )
+        self.batch = Histogram(
+            "kintsugi_batch_images", "Images that passed together", buckets=_BATCHES, registry=self.registry
+        )
+        self.model = Gauge(
+            "kintsugi_model_info", "1 for the model in service", ("model", "digest"), registry=self.registry
+        )
+        self.refused = Gauge(
+            "kintsugi_model_refused", "1 while a version that should serve was refused", registry=self.registry
+        )
+
+    def restored(self, answer: Answer) -> None:
+        model = answer.model.label
+        self.retention.labels(model).observe(answer.retention)
+        self.batch.observe(answer.batch)
+        for stage, spent in answer.timing_ms.items():
+            self.stages.labels(stage).observe(spent / 1000)
+        if answer.alarm:
+            self.alarms.labels(model).inc()
+
+    def serving(self, serving: Serving) -> None:
+        self.model.clear()
+        self.model.labels(serving.version.label, serving.version.digest).set(1)
+        self.refused.set(serving.refused is not None)
 
 
 @dataclass
@@ -101,11 +144,20 @@ class Exchange:
 class Edge:
     """The outermost layer: request id, key, size limits, metrics, one log line, and no bare 500."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, proxy_echoes_id: bool = False) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        metrics: Metrics,
+        proxy_echoes_id: bool = False,
+        grace_s: float = GRACE_S,
+    ) -> None:
         self.app = app
         self._settings = settings
         self._metrics = metrics
         self._proxy_echoes_id = proxy_echoes_id
+        self._grace_s = grace_s
+        self._callers = Callers(settings.keys, settings.roots)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -118,28 +170,41 @@ class Edge:
         exchange = Exchange(
             given if harmless else str(uuid.uuid4()), limit, stamps_id=not (harmless and self._proxy_echoes_id)
         )
-        scope.setdefault("state", {})["request_id"] = exchange.request_id
+        audit: dict[str, Any] = {}
+        state = scope.setdefault("state", {})
+        state.update(request_id=exchange.request_id, caller=Caller(""), audit=audit)
         receive, send = exchange.receiver(receive), exchange.sender(send)
+        self._metrics.ongoing.inc()
         try:
-            self._admit(scope["path"], headers, limit)
-            await self.app(scope, receive, send)
+            budget = budget_s(headers, self._settings.timeout_s)
+            state["deadline"] = time.monotonic() + budget
+            state["caller"] = self._admit(scope, headers, limit)
+            # The work has its own end; this one is for bodies that do not arrive.
+            async with asyncio.timeout(budget + self._grace_s):
+                await self.app(scope, receive, send)
         except ClientDisconnect:
             exchange.status = exchange.status or 499
         except Exception as error:
             if exchange.status is not None:
                 raise
+            audit["code"] = code_of(error)
             await problem_of(error, exchange.request_id)(scope, receive, send)
         finally:
+            self._metrics.ongoing.dec()
             self._record(scope, exchange)
 
-    def _admit(self, path: str, headers: Headers, limit: int) -> None:
-        if path not in OPEN_PATHS and not key_is_known(headers, self._settings.api_key_sha256):
-            raise Refusal("unauthorized", "send a known key as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
+    def _admit(self, scope: Scope, headers: Headers, limit: int) -> Caller:
+        caller = Caller("")
+        if scope["path"] not in OPEN_PATHS:
+            if not self._settings.keys and not _is_local(scope):
+                raise Refusal("forbidden", "this service knows no keys, so it answers its own machine only")
+            caller = self._callers.admit(headers)
         length = headers.get("content-length", "0")
         if not length.isdecimal():
             raise Refusal("bad_request", "Content-Length must be a number")
         if int(length) > limit:
             raise Refusal("too_large", f"the body of {length} bytes is larger than {limit} bytes")
+        return caller
 
     def _record(self, scope: Scope, exchange: Exchange) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
@@ -150,34 +215,28 @@ class Edge:
         self._metrics.seconds.labels(route).observe(seconds)
         self._metrics.received.labels(route).inc(exchange.received)
         self._metrics.sent.labels(route).inc(exchange.sent)
-        logger.info(
-            "request_id=%s method=%s route=%s status=%d seconds=%.3f received=%d sent=%d",
-            *(exchange.request_id, scope["method"], route, status, seconds, exchange.received, exchange.sent),
-        )
+        state = scope["state"]
+        line = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "request_id": exchange.request_id,
+            "tenant": state["caller"].tenant,
+            "method": scope["method"],
+            "route": route,
+            "status": status,
+            "seconds": round(seconds, 4),
+            "received": exchange.received,
+            "sent": exchange.sent,
+            **state["audit"],
+        }
+        audit_logger.info("%s", json.dumps(line))
 
 
-def key_is_known(headers: Mapping[str, str], hashes: tuple[str, ...]) -> bool:
-    """Whether the request carries a key whose SHA-256 is among `hashes`; always, where there are none.
-
-    The password of HTTP Basic counts as a key too: that is what a browser can ask a person for.
-    """
-    if not hashes:
+def _is_local(scope: Scope) -> bool:
+    """Whether the request comes from this machine, or from within the process."""
+    try:
+        return scope.get("client") is None or ipaddress.ip_address(scope["client"][0]).is_loopback
+    except ValueError:  # no address: a client within the process
         return True
-    digest = hashlib.sha256(_given_key(headers).encode()).hexdigest()
-    # A list, not a generator: every key is compared, so that the time tells nothing.
-    return any([hmac.compare_digest(digest, known) for known in hashes])  # noqa: C419
-
-
-def _given_key(headers: Mapping[str, str]) -> str:
-    scheme, _, value = headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer":
-        return value.strip()
-    if scheme.lower() == "basic":
-        try:
-            return base64.b64decode(value, validate=True).decode().partition(":")[2]
-        except ValueError:
-            return ""
-    return headers.get("x-api-key", "")
 
 
 def code_of(error: Exception) -> str:
@@ -198,7 +257,7 @@ def problem_of(error: Exception, request_id: str) -> Response:
     headers: dict[str, str] = {}
     if status == 401:
         headers["WWW-Authenticate"] = 'Basic realm="kintsugi", charset="UTF-8"'
-    if status == 503:
+    if status in (429, 503):
         headers["Retry-After"] = str(getattr(error, "retry_after_s", None) or 1)
     problem = Problem(title=title, status=status, detail=detail, code=code, request_id=request_id)
     return Response(problem.model_dump_json(), status, headers, "application/problem+json")
@@ -225,6 +284,7 @@ def handle_errors(app: FastAPI) -> None:
             error = _refusal_from_http(error)
         elif isinstance(error, RequestValidationError):
             error = _refusal_from_validation(error)
+        request.state.audit["code"] = code_of(error)
         response = problem_of(error, request.state.request_id)
         response.headers.update(headers)
         return response

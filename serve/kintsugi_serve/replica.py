@@ -1,152 +1,149 @@
-"""Replica: holds one published model, answers in batches, and swaps the model in place."""
+"""Replica: decodes, restores in batches with the model in service, and encodes in kind."""
 
 import asyncio
+import hashlib
+import json
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version as version_of
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kintsugi import imaging
-from kintsugi.errors import ConfigError, ImageError, KintsugiError
-from kintsugi.storage import open_store
-from kintsugi_serve.schemas import Answer, Job, LoadedModel, Rejection, Settings
+from kintsugi.errors import ConfigError, ImageError, IntegrityError, KintsugiError, ModelNotFound, StoreUnavailable
+from kintsugi.storage import cache_folder
+from kintsugi_serve.codec import Decoder
+from kintsugi_serve.jobs import Answer, Job, LoadedModel, Rejection, Serving
+from kintsugi_serve.schemas import Refusal, Settings
+from kintsugi_serve.serving import InService, Loaded, Others, Published, Shelving, Source, list_published, ray_shelving
 
 if TYPE_CHECKING:
     from kintsugi.restore.restorer import Restoration
 
 logger = logging.getLogger(__name__)
 
-
-class Model(Protocol):
-    """What a replica needs of `kintsugi.restore.restorer.Restorer`."""
-
-    def restore_batch(
-        self, images: Sequence[imaging.Image], masks: Sequence[NDArray[np.bool_] | None]
-    ) -> "Sequence[Restoration | KintsugiError]": ...
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model in memory and the version it is."""
-
-    model: Model
-    version: LoadedModel
+_CODES: dict[type[KintsugiError], str] = {
+    ModelNotFound: "not_found",
+    ConfigError: "bad_request",
+    StoreUnavailable: "store_unavailable",
+    IntegrityError: "store_failed",
+}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Decoded:
+    """An image on its way; `waiting` ends when nobody asks for it any more."""
+
     image: imaging.Image
     mask: NDArray[np.bool_] | None
+    loaded: Loaded
+    decode_ms: float = 0.0
+    waiting: bool = True
+    since: float = field(default_factory=time.perf_counter)
+
+    @property
+    def pixels(self) -> int:
+        height, width = self.image.size
+        return height * width
 
 
 @dataclass(frozen=True)
 class Inferred:
-    """What the model said of one image, and which version said it."""
+    """What the model said of one image, how long that took, and how many images passed with it."""
 
     result: "Restoration | KintsugiError"
-    version: LoadedModel
+    queue_ms: float = 0.0
+    model_ms: float = 0.0
+    batch: int = 1
 
 
 Infer = Callable[[list[Decoded]], Awaitable[list[Inferred]]]
 Batching = Callable[[Infer], Callable[[Decoded], Awaitable[Inferred]]]
-Loader = Callable[[str, Settings, LoadedModel | None], Loaded | None]
 
 
-def load_published(reference: str, settings: Settings, current: LoadedModel | None = None) -> Loaded | None:
-    """The verified model that `reference` names, tried on one image; None if `current` is that version.
+class Decoding(Protocol):
+    """What a replica needs of `codec.Decoder`."""
 
-    Raises:
-        KintsugiError: it does not exist, is damaged, or does not restore.
-    """
-    from kintsugi.registry import Registry
-    from kintsugi.restore.restorer import Restorer
-
-    registry = Registry(open_store(settings.store))
-    found = registry.resolve(reference)
-    version = LoadedModel(found.name, found.number, found.digest)
-    if version == current:
-        return None
-    model = Restorer.from_checkpoint(registry.fetch(found), device=settings.device)
-    check_model(model, version)
-    return Loaded(model, version)
+    async def decode(
+        self, image: bytes, mask: bytes | None = None, *, white_level: int | None = None, max_pixels: int
+    ) -> tuple[imaging.Image, NDArray[np.bool_] | None]: ...
 
 
-def check_model(model: Model, version: LoadedModel) -> None:
-    """Restore one small image, so that a model that cannot is found before it gets traffic."""
-    ramp = np.linspace(40, 215, 64, dtype=np.uint8)
-    probe = imaging.Image(np.add.outer(ramp // 2, ramp // 2).astype(np.uint8))
-    mask = np.zeros(probe.size, dtype=np.bool_)
-    mask[28:36, 28:36] = True
-    result = model.restore_batch([probe], [mask])[0]
-    if isinstance(result, KintsugiError):
-        raise ConfigError(f"{version.label} does not restore a plain grey image ({result}): publish another version")
-    _check_kind(probe, result.image)
-
-
-def list_published(store: str) -> list[dict[str, Any]]:
-    """Names, aliases and versions of every published model."""
-    from kintsugi.registry import Registry
-
-    registry = Registry(open_store(store))
-    return [
-        {
-            "name": name,
-            "aliases": registry.aliases(name),
-            "versions": [
-                {"version": found.number, "digest": found.digest, "created": found.created}
-                for found in registry.versions(name)
-            ],
-        }
-        for name in registry.names()
-    ]
+def decoder_of(settings: Settings) -> Decoder:
+    """Children that decode; what they make of images that end them is remembered for all replicas of the machine."""
+    return Decoder(settings.decoders, timeout_s=settings.decode_timeout_s, ledger=cache_folder() / "refused-images")
 
 
 def ray_batching(settings: Settings) -> Batching:
-    """Ray Serve's dynamic batching; works in a replica only."""
+    """Ray Serve's dynamic batching, by pixels; works in a replica only.
+
+    On a CPU images pass one by one: together they would take as long, and the first would wait for the last.
+    """
     from ray import serve
 
-    batching: Any = serve.batch(max_batch_size=settings.max_batch_size, batch_wait_timeout_s=settings.batch_wait_s)
+    limit = settings.max_batch_pixels if settings.device != "cpu" else 1
+    batching: Any = serve.batch(
+        max_batch_size=limit,
+        batch_wait_timeout_s=settings.batch_wait_s,
+        # Ray refuses an item above the limit; a large image passes alone instead.
+        batch_size_fn=lambda items: min(limit, items[0].pixels) + sum(item.pixels for item in items[1:]),
+    )
     return batching
 
 
 class Replica:
-    """One process with one model. A bad image is an answer (`Rejection`), never an exception."""
+    """One process with the model in service. A bad image is an answer (`Rejection`), never an exception."""
 
-    def __init__(self, settings: Settings, *, batching: Batching | None = None, load: Loader = load_published) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        batching: Batching | None = None,
+        shelving: Shelving | None = None,
+        source: Source | None = None,
+        decoder: Decoding | None = None,
+    ) -> None:
         import torch
 
         torch.set_num_threads(settings.threads)
         self._settings = settings
-        self._load = load
-        self._loaded: Loaded | None = None
-        self._swapping = asyncio.Lock()
+        source = source or Published(settings)
+        self._service = InService(source)
+        self._others = Others(source, shelving or ray_shelving(settings))
+        self._decoder = decoder or decoder_of(settings)
         self._infer_one = (batching or ray_batching(settings))(self.infer)
+        self._following: asyncio.Task[None] | None = None
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Put `user_config["model"]` in place of the present model; requests go on with the old one meanwhile.
+        """Answer with `user_config["model"]` from now on, and follow it where it is an alias.
 
         Raises:
-            KintsugiError: the new model cannot be used; the old one stays.
+            KintsugiError: the model cannot be used, and there is no other to go on with.
         """
         reference = user_config.get("model")
         if not isinstance(reference, str):
             raise ConfigError("user_config must name a model, for example {'model': 'unet@production'}")
-        async with self._swapping:
-            current = self._loaded.version if self._loaded else None
-            loaded = await asyncio.to_thread(self._load, reference, self._settings, current)
-            if loaded is not None:
-                self._loaded = loaded
-                logger.info("serving %s (%s)", loaded.version.label, loaded.version.digest)
+        await self._service.use(reference)
+        if self._following is None and self._settings.follow_s > 0:
+            self._following = asyncio.create_task(self._service.follow(self._settings.follow_s))
 
     def check_health(self) -> None:
         """Raise unless a model is in place. Never asks the store: its failure must not restart a replica."""
-        self._current()
+        _ = self._service.loaded
 
-    async def describe(self) -> LoadedModel:
-        return self._current().version
+    async def describe(self) -> Serving:
+        return self._service.describe()
+
+    async def resolve(self, model: str | None) -> LoadedModel:
+        """The version that a request with this `model` gets now."""
+        if model is None:
+            return self._service.loaded.version
+        found = await self._others.find(model)
+        return LoadedModel(found.name, found.number, found.digest)
 
     async def published(self) -> list[dict[str, Any]]:
         """All models of the store. A replica's work, since reading them takes torch, which the ingress never loads."""
@@ -155,63 +152,130 @@ class Replica:
     async def restore(self, job: Job) -> Answer | Rejection:
         """Decode, restore with whoever else asks at the moment, and encode in kind."""
         try:
-            decoded = await asyncio.to_thread(self._decode, job)
-        except ImageError as error:
+            async with asyncio.timeout(job.budget_s):
+                return await self._restored(job)
+        except TimeoutError:
+            return Rejection("timeout", f"no answer within {job.budget_s:g} s: try again, or send smaller images")
+        except KintsugiError as error:
             return _rejection(error)
-        inferred = await self._infer_one(decoded)
+
+    async def _restored(self, job: Job) -> Answer:
+        loaded = self._service.loaded if job.model is None else await self._others.get(job.model)
+        started = time.perf_counter()
+        image, mask = await self._decoder.decode(
+            job.image, job.mask, white_level=job.white_level, max_pixels=self._settings.max_pixels
+        )
+        decoded = Decoded(image, mask, loaded, _ms_since(started))
+        try:
+            inferred = await self._infer_one(decoded)
+        finally:
+            decoded.waiting = False
         if isinstance(inferred.result, KintsugiError):
-            return _rejection(inferred.result)
-        return await asyncio.to_thread(_answer, decoded.image, inferred.result, inferred.version)
+            raise inferred.result
+        return await asyncio.to_thread(_answer, job, decoded, inferred.result, inferred)
 
     async def infer(self, batch: list[Decoded]) -> list[Inferred]:
-        """Run the model; every image of a batch is answered by the same version."""
-        loaded = self._current()
-        results = await asyncio.to_thread(_restore_batch, loaded.model, batch)
-        return [Inferred(result, loaded.version) for result in results]
-
-    def _decode(self, job: Job) -> Decoded:
-        limit = self._settings.max_pixels
-        image = imaging.decode(job.image, white_level=job.white_level, max_pixels=limit)
-        mask = imaging.decode_mask(job.mask, max_pixels=limit) if job.mask is not None else None
-        return Decoded(image, mask)
-
-    def _current(self) -> Loaded:
-        if self._loaded is None:
-            raise ConfigError("this replica holds no model yet")
-        return self._loaded
+        """Run the models; what nobody waits for any more is dropped."""
+        begun = time.perf_counter()
+        results: dict[int, Restoration | KintsugiError] = {}
+        for loaded in {id(item.loaded): item.loaded for item in batch if item.waiting}.values():
+            members = [i for i, item in enumerate(batch) if item.loaded is loaded and item.waiting]
+            found = await asyncio.to_thread(_restore_batch, loaded, [batch[i] for i in members])
+            results |= zip(members, found, strict=True)
+        spent = _ms_since(begun)
+        gone = KintsugiError("nobody waits for this image any more")
+        return [
+            Inferred(results.get(i, gone), 1000 * (begun - item.since), spent, len(results))
+            for i, item in enumerate(batch)
+        ]
 
 
-def _restore_batch(model: Model, batch: list[Decoded]) -> "Sequence[Restoration | KintsugiError]":
+def _restore_batch(loaded: Loaded, batch: list[Decoded]) -> "list[Restoration | KintsugiError]":
     """As the model, but an image that makes it fail does not take its neighbours along."""
     try:
-        return model.restore_batch([item.image for item in batch], [item.mask for item in batch])
+        return list(loaded.model.restore_batch([item.image for item in batch], [item.mask for item in batch]))
     except Exception as error:
         if len(batch) > 1:
-            return [result for item in batch for result in _restore_batch(model, [item])]
+            return [result for item in batch for result in _restore_batch(loaded, [item])]
         logger.exception("the model failed on an image of %s", batch[0].image.pixels.shape)
         return [KintsugiError(f"the model failed on this image ({type(error).__name__}): report the request id")]
 
 
 def _rejection(error: KintsugiError) -> Rejection:
-    return Rejection(error.code if isinstance(error, ImageError) else "internal", str(error))
+    if isinstance(error, (ImageError, Refusal)):
+        return Rejection(error.code, str(error))
+    code = next((code for kind, code in _CODES.items() if isinstance(error, kind)), "internal")
+    if code == "internal":
+        logger.error("an image was not restored: %s", error)
+    return Rejection(code, str(error))
 
 
-def _answer(source: imaging.Image, restoration: "Restoration", version: LoadedModel) -> Answer | Rejection:
-    try:
-        _check_kind(source, restoration.image)
-        data = imaging.encode(restoration.image)
-    except KintsugiError as error:
-        logger.exception("the restored image cannot be answered")
-        return Rejection("internal", str(error))
-    report = restoration.report
+def _answer(job: Job, decoded: Decoded, restoration: "Restoration", inferred: Inferred) -> Answer:
+    started = time.perf_counter()
+    version, report = decoded.loaded.version, restoration.report
+    check_kind(decoded.image, restoration.image)
+    taken = hashlib.sha256(job.image).hexdigest()
+    note = json.dumps(facts(taken, version, restoration), sort_keys=True) if job.embed else None
+    data = imaging.encode(restoration.image, note=note)
+    shown = _defect_png(restoration.defect_map) if job.defect_map else None
+    timing = {
+        "decode": decoded.decode_ms,
+        "queue": inferred.queue_ms,
+        "model": inferred.model_ms,
+        "encode": _ms_since(started),
+    }
     return Answer(
-        data, restoration.image.format, version, float(report.retention), bool(report.alarm), report.to_dict()
+        data,
+        restoration.image.format,
+        version,
+        float(report.retention),
+        bool(report.alarm),
+        {**report.to_dict(), "defect_map": _statistics(restoration.defect_map)},
+        taken,
+        hashlib.sha256(data).hexdigest(),
+        shown,
+        {name: round(value, 3) for name, value in timing.items()},
+        inferred.batch,
     )
 
 
-def _check_kind(source: imaging.Image, restored: imaging.Image) -> None:
+def facts(input_sha256: str, version: LoadedModel, restoration: "Restoration") -> dict[str, Any]:
+    """What a file says of itself on request; the same for the same image and model, so that its bytes are too."""
+    report, image = restoration.report, restoration.image
+    return {
+        "kintsugi": version_of("kintsugi"),
+        "model": version.label,
+        "model_digest": version.digest,
+        "input_sha256": input_sha256,
+        "pixels_sha256": hashlib.sha256(np.ascontiguousarray(image.pixels).data).hexdigest(),
+        "white_level": image.white_level,
+        "retention": round(float(report.retention), 6),
+        "alarm": bool(report.alarm),
+        "abstained": report.abstained,
+    }
+
+
+def _statistics(defect_map: NDArray[np.float32] | None) -> dict[str, float] | None:
+    if defect_map is None:
+        return None
+    found = {"max": defect_map.max(), "mean": defect_map.mean(), "area": (defect_map > 0.5).mean()}
+    return {name: round(float(value), 6) for name, value in found.items()}
+
+
+def _defect_png(defect_map: NDArray[np.float32] | None) -> bytes | None:
+    if defect_map is None:
+        return None
+    return imaging.encode(imaging.Image(np.rint(defect_map * 255).astype(np.uint8)))
+
+
+def check_kind(source: imaging.Image, restored: imaging.Image) -> None:
+    """Raise KintsugiError unless the model answered in kind."""
     if restored.pixels.shape != source.pixels.shape or restored.pixels.dtype != source.pixels.dtype:
         raise KintsugiError(
             f"the model answered {restored.pixels.dtype} {restored.pixels.shape} "
             f"to {source.pixels.dtype} {source.pixels.shape}: publish another version"
         )
+
+
+def _ms_since(started: float) -> float:
+    return 1000 * (time.perf_counter() - started)

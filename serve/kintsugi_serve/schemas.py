@@ -1,19 +1,15 @@
-"""What crosses the service's boundaries: settings, jobs, answers, S3 addresses, and the table of problems."""
+"""What crosses the service's boundaries: settings, jobs, answers, and the table of problems."""
 
-import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from kintsugi.errors import KintsugiError
 from kintsugi.imaging import MAX_PIXELS
 from kintsugi.storage import store_uri_from_environment
-
-RESERVED = ("models", "datasets", "runs")
-_S3_URI = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.+))?")
-_FORBIDDEN = frozenset('%\\@?#*"<>|')
+from kintsugi_serve.addresses import is_root
+from kintsugi_serve.keys import Key, check_keys
 
 # code -> (status, title). Clients branch on the code: it never changes its meaning.
 PROBLEMS: dict[str, tuple[int, str]] = {
@@ -29,7 +25,11 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "undecodable": (422, "The image cannot be decoded"),
     "over_white_level": (422, "The image is brighter than the white level"),
     "mismatch": (422, "Image and mask do not fit together"),
+    "idempotency_mismatch": (422, "This key belongs to another request"),
+    "poison": (422, "This image ended its reader before"),
+    "digest_mismatch": (400, "The body is not what its digest says"),
     "mask_required": (422, "This model needs a defect mask"),
+    "rate_limited": (429, "Too many requests"),
     "internal": (500, "The service failed"),
     "store_failed": (502, "The object store refused"),
     "overloaded": (503, "Too many requests wait already"),
@@ -47,7 +47,7 @@ class Refusal(KintsugiError):
         self.code = code
         self.detail = detail
         self.status, self.title = PROBLEMS[code]
-        self.retry_after_s = 1 if retry_after_s is None and self.status == 503 else retry_after_s
+        self.retry_after_s = 1 if retry_after_s is None and self.status in (429, 503) else retry_after_s
 
 
 class Problem(BaseModel):
@@ -70,14 +70,16 @@ class Settings(BaseModel):
     s3_roots: tuple[str, ...] | None = Field(
         default=None, description="s3://bucket/prefix that the S3 route may read and write; default: the store"
     )
-    api_key_sha256: tuple[Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")], ...] = Field(
-        default=(), description="SHA-256 of the accepted keys; none: no key is asked for"
-    )
+    keys: tuple[Key, ...] = Field(default=(), description="hashes of the keys that open it; none: for its machine only")
     max_body_bytes: int = Field(default=64 * 2**20, ge=1024)
     max_pixels: int = Field(default=MAX_PIXELS, ge=1)
+    decoders: int = Field(default=2, ge=1, description="processes of a replica that decode, for nothing else")
+    decode_timeout_s: float = Field(default=20, gt=0, description="for one image, before its process is ended")
     timeout_s: float = Field(default=60, gt=0, description="until the ingress gives up on a replica")
-    max_batch_size: int = Field(default=8, ge=1)
+    max_batch_pixels: int = Field(default=2**22, ge=1, description="that pass the model together, on a GPU at once")
     batch_wait_s: float = Field(default=0.0, ge=0)
+    follow_s: float = Field(default=5, ge=0, description="between two looks at where the alias points; 0: never")
+    other_models: int = Field(default=2, ge=1, description="that a replica holds for requests which name a model")
     threads: int = Field(default=1, ge=1, description="torch threads of a replica")
     device: str = Field(default="cpu", description="where the model runs: cpu or cuda")
 
@@ -88,6 +90,12 @@ class Settings(BaseModel):
             return self.s3_roots
         return (self.store,) if self.store.startswith("s3://") else ()
 
+    @field_validator("keys")
+    @classmethod
+    def _keys_agree(cls, keys: tuple[Key, ...]) -> tuple[Key, ...]:
+        check_keys(keys)
+        return keys
+
     @field_validator("store")
     @classmethod
     def _folder_is_absolute(cls, store: str) -> str:
@@ -97,7 +105,7 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _roots_are_addresses(self) -> "Settings":
         for root in self.s3_roots or ():
-            if not _S3_URI.fullmatch(root) or _unsafe_key(root.rstrip("/").partition("://")[2]):
+            if not is_root(root):
                 raise ValueError(f"s3_roots: {root!r} is not an address: write it as s3://bucket/prefix")
         return self
 
@@ -108,11 +116,15 @@ class Args(Settings):
     model: str = Field(default="unet@production", min_length=1, description="NAME@ALIAS, NAME@NUMBER or NAME")
     min_replicas: int = Field(default=1, ge=0)
     max_replicas: int = Field(default=2, ge=1)
+    ingress_replicas: int = Field(default=1, ge=1, description="processes that speak HTTP with the proxies")
     num_cpus: float = Field(default=0.5, gt=0, description="of a replica")
     ingress_num_cpus: float = Field(default=0.1, ge=0)
     num_gpus: float = Field(default=0, ge=0, description="of a replica; above 0 the model runs on cuda")
     target_ongoing_requests: float = Field(default=4, gt=0, description="of a replica, before another is started")
+    max_ongoing_requests: int = Field(default=8, ge=1, description="that a replica works on at a time")
     max_queued_requests: int = Field(default=32, ge=1, description="that wait for a replica; more are refused with 503")
+    upscale_delay_s: float = Field(default=5, ge=0, description="of too much load, before a replica is added")
+    downscale_delay_s: float = Field(default=120, ge=0, description="of too little, before one is taken away")
 
     @model_validator(mode="after")
     def _bounds_agree(self) -> "Args":
@@ -128,69 +140,16 @@ class Args(Settings):
         return Settings(**values)
 
 
-@dataclass(frozen=True)
-class Job:
-    """One image to restore, as the client sent it."""
-
-    image: bytes
-    mask: bytes | None = None
-    white_level: int | None = None
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """The version that a replica answers with."""
-
-    name: str
-    number: int
-    digest: str
-
-    @property
-    def label(self) -> str:
-        return f"{self.name}@{self.number}"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A restored image, in the format that came in. `report` is `Report.to_dict()`."""
-
-    image: bytes
-    format: str
-    model: LoadedModel
-    retention: float
-    alarm: bool
-    report: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """Why an image was not restored: the code and sentence of its ImageError."""
-
-    code: str
-    detail: str
-
-
-class Backend(Protocol):
-    """What the API needs of the replicas. Raises Refusal where none can answer."""
-
-    async def restore(self, job: Job) -> Answer | Rejection: ...
-
-    async def describe(self) -> LoadedModel: ...
-
-    async def published(self) -> list[dict[str, Any]]:
-        """Names, aliases and versions in the store."""
-        ...
-
-
 class S3Request(BaseModel):
-    """Body of POST /v1/restore/s3."""
+    """Body of POST /v1/restore/s3; without `output` the result stays where results are kept."""
 
     model_config = ConfigDict(extra="forbid")
 
     input: str
-    output: str
+    output: str | None = None
     mask: str | None = None
     white_level: int | None = None
+    model: str | None = None
 
 
 class S3Result(BaseModel):
@@ -201,6 +160,9 @@ class S3Result(BaseModel):
     model: str
     digest: str
     report: dict[str, Any]
+    result: str = Field(description="where the result is kept: by input, model and parameters")
+    input_sha256: str
+    output_sha256: str
     request_id: str
 
 
@@ -212,48 +174,8 @@ class JsonResult(BaseModel):
     model: str
     digest: str
     report: dict[str, Any]
+    input_sha256: str
+    output_sha256: str
+    timing_ms: dict[str, float]
+    defect_map: str | None = Field(None, description="base64 of an 8-bit grey PNG: probability of a defect, 255 is 1")
     request_id: str
-
-
-@dataclass(frozen=True)
-class S3Address:
-    """An object below one of the allowed roots: the root's URI and the key under it."""
-
-    root: str
-    key: str
-
-
-def allowed_address(uri: str, roots: tuple[str, ...]) -> S3Address:
-    """The root that holds `uri`, and the key under it.
-
-    Raises:
-        Refusal: `forbidden`, for every address that is not plainly below a root. Nothing is decoded or
-            normalised, since what one reader takes for `..` another takes for a name.
-    """
-    match = _S3_URI.fullmatch(uri)
-    if not match or not match[2] or _unsafe_key(match[2]):
-        raise Refusal("forbidden", "the address must be plain: s3://bucket/key, without '..', '//', '%', '@' or '\\'")
-    for root in roots:
-        base = root.rstrip("/") + "/"
-        if uri.startswith(base):
-            return S3Address(base.rstrip("/"), uri[len(base) :])
-    raise Refusal("forbidden", "the address is outside the places that this service may use")
-
-
-def writable_address(uri: str, settings: Settings) -> S3Address:
-    """As `allowed_address`, and not among the models, datasets and runs of the store."""
-    address = allowed_address(uri, settings.roots)
-    for name in RESERVED:
-        reserved = f"{settings.store.rstrip('/')}/{name}"
-        if uri == reserved or uri.startswith(reserved + "/"):
-            raise Refusal("forbidden", f"results cannot be written below {name}/ of the store")
-    return address
-
-
-def _unsafe_key(key: str) -> bool:
-    return (
-        not key.isprintable()
-        or len(key.encode()) > 1024
-        or any(part in ("", ".", "..") for part in key.split("/"))
-        or not _FORBIDDEN.isdisjoint(key)
-    )

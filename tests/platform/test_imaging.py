@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image as PillowImage
 
 from kintsugi.errors import ImageError
-from kintsugi.imaging import Format, Image, Pixels, convert, decode, decode_mask, encode, encode_mask, sniff
+from kintsugi.imaging import Format, Image, Pixels, convert, decode, decode_mask, encode, encode_mask, note_of, sniff
 
 FORMATS: tuple[Format, ...] = get_args(Format)
 HEIGHT, WIDTH = 24, 31
@@ -393,3 +393,21 @@ def test_all_but_black_is_defect_however_the_mask_was_saved(name: str) -> None:
 def test_a_mask_that_cannot_be_read_is_refused(data: bytes) -> None:
     with pytest.raises(ImageError):
         decode_mask(data)
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_a_note_travels_in_the_file_and_changes_no_pixel(kind: Format) -> None:
+    pixels = np.arange(48, dtype=np.uint16).reshape(6, 8) * 1000
+    image = Image(pixels, kind, 65535)
+    noted = encode(image, note='{"model": "unet@3"}')
+    assert note_of(noted) == '{"model": "unet@3"}'
+    assert np.array_equal(decode(noted).pixels, pixels)
+    assert note_of(encode(image)) is None
+    assert encode(decode(noted)) == encode(decode(encode(image)))
+
+
+@pytest.mark.parametrize("kind", ["bmp", "jpeg"])
+def test_a_format_without_room_for_a_note_says_so(kind: Format) -> None:
+    with pytest.raises(ImageError, match="holds no facts"):
+        encode(Image(np.zeros((8, 8), np.uint8), kind), note="{}")
+    assert note_of(encode(Image(np.zeros((8, 8), np.uint8), kind))) is None

@@ -64,7 +64,18 @@ def test_a_key_without_an_object_is_not_found(store: ObjectStore, tmp_path: Path
         store.get(key)
     with pytest.raises(ObjectNotFound, match=key):
         store.download(key, tmp_path / "here")
+    with pytest.raises(ObjectNotFound, match=key):
+        store.size(key)
     assert not store.exists(key)
+
+
+def test_the_size_of_an_object_is_told_without_its_neighbours(store: ObjectStore) -> None:
+    for key in ("a.png.bak", "a.png/below") if isinstance(store, MemoryStore) else ("a.png.bak",):
+        store.put(key, b"longer than the image")
+    store.put("a.png", b"image")
+    assert store.size("a.png") == 5
+    store.put("a.png", b"")
+    assert store.size("a.png") == 0
 
 
 def test_create_only_refuses_a_key_that_exists_and_keeps_its_object(store: ObjectStore) -> None:
@@ -159,6 +170,7 @@ def test_no_key_escapes_the_root(store: ObjectStore, tmp_path: Path, key: str) -
         lambda: store.get(key),
         lambda: store.put(key, b"mine"),
         lambda: store.delete(key),
+        lambda: store.size(key),
         lambda: store.download(key, tmp_path / "here"),
     ]
     for attempt in attempts:
@@ -256,6 +268,23 @@ def test_s3_reads_bytes_and_etag() -> None:
         body = StreamingBody(io.BytesIO(b"content"), 7)
         stub.add_response("get_object", {"Body": body, "ETag": '"tag"'}, {"Bucket": "bucket", "Key": "root/k"})
         assert store.get_with_etag("k") == (b"content", '"tag"')
+
+
+def test_s3_asks_for_the_head_of_an_object_to_know_its_size() -> None:
+    store, stub = _s3()
+    with stub:
+        stub.add_response("head_object", {"ContentLength": 7}, {"Bucket": "bucket", "Key": "root/k"})
+        assert store.size("k") == 7
+        # An answer to HEAD has no body, so that the code is the status.
+        stub.add_client_error("head_object", "404", "Not Found", 404)
+        with pytest.raises(ObjectNotFound, match="s3://bucket/root/k"):
+            store.size("k")
+        stub.add_client_error("head_object", "404", "Not Found", 404)
+        assert not store.exists("k")
+        stub.add_client_error("head_object", "403", "Forbidden", 403)
+        with pytest.raises(StoreError, match="refused the credentials"):
+            store.exists("k")
+        stub.assert_no_pending_responses()
 
 
 def test_s3_lists_keys_without_the_prefix() -> None:

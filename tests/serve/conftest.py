@@ -11,9 +11,10 @@ from kintsugi.checkpoint import save_checkpoint
 from kintsugi.config import ExperimentConfig, with_values
 from kintsugi.models import build_model
 from kintsugi.registry import ModelVersion, Registry
-from kintsugi.storage import LocalStore
+from kintsugi.storage import LocalStore, sha256
+from kintsugi_serve.jobs import Answer, Job, LoadedModel, Rejection, Serving
 from kintsugi_serve.replica import Decoded, Infer, Inferred
-from kintsugi_serve.schemas import Answer, Job, LoadedModel, Rejection, Settings
+from kintsugi_serve.schemas import Settings
 
 VERSION = LoadedModel("unet", 3, "d" * 64)
 TINY = {"model.levels": 2, "model.blocks": 1, "model.base": 4, "model.skips": [True, True], "model.reduction": [2, 2]}
@@ -38,15 +39,30 @@ class EchoBackend:
         if self.rejection is not None:
             return self.rejection
         report = {"retention": 0.9876, "added": 0.01, "alarm": self.alarm}
-        return Answer(job.image, "png", VERSION, 0.9876, self.alarm, report)
+        digest = sha256(job.image)
+        shown = b"map" if job.defect_map else None
+        return Answer(job.image, "png", VERSION, 0.9876, self.alarm, report, digest, digest, shown, {"model": 1.5})
 
-    async def describe(self) -> LoadedModel:
+    async def describe(self) -> Serving:
         if self.failure is not None:
             raise self.failure
-        return VERSION
+        return Serving(VERSION)
+
+    async def resolve(self, model: str | None) -> LoadedModel:
+        return VERSION if model is None else LoadedModel(model, 1, "e" * 64)
 
     async def published(self) -> list[dict[str, object]]:
         return []
+
+
+class InPlace:
+    """Decodes without a process of its own."""
+
+    async def decode(
+        self, image: bytes, mask: bytes | None = None, *, white_level: int | None = None, max_pixels: int
+    ) -> tuple[imaging.Image, np.ndarray | None]:
+        known = imaging.decode_mask(mask, max_pixels=max_pixels) if mask is not None else None
+        return imaging.decode(image, white_level=white_level, max_pixels=max_pixels), known
 
 
 def _one_by_one(infer: Infer) -> Batched:
@@ -71,7 +87,8 @@ def _gathered(size: int) -> Callable[[Infer], Batched]:
                 batch = waiting.copy()
                 waiting.clear()
                 for (_, each), result in zip(batch, await infer([i for i, _ in batch]), strict=True):
-                    each.set_result(result)
+                    if not each.done():
+                        each.set_result(result)
             return await future
 
         return run
@@ -98,7 +115,7 @@ def _mask(shape: tuple[int, int] = (40, 48)) -> bytes:
 def _publish(store: LocalStore, folder: Path, mask: str = "none", seed: int = 0) -> ModelVersion:
     """A tiny untrained model under the name `unet`."""
     torch.manual_seed(seed)
-    config = with_values(ExperimentConfig(), {**TINY, "model.mask": mask})
+    config = with_values(ExperimentConfig(), {**TINY, "model.mask": mask, "loss.mask": 0.1 * (mask == "predicted")})
     save_checkpoint(folder, build_model(config.model).eval(), config, {}, {})
     return Registry(store).publish("unet", folder, b"{}")
 
@@ -117,6 +134,13 @@ def settings(store: LocalStore) -> Settings:
 @pytest.fixture
 def one_by_one() -> object:
     return _one_by_one
+
+
+@pytest.fixture(autouse=True)
+def _no_processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replicas decode in place, except where a test is about that."""
+    if request.node.get_closest_marker("processes") is None:
+        monkeypatch.setattr("kintsugi_serve.replica.decoder_of", lambda settings: InPlace())
 
 
 @pytest.fixture

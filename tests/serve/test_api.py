@@ -12,8 +12,9 @@ from kintsugi import imaging
 from kintsugi.errors import StoreError, StoreUnavailable
 from kintsugi.storage import LocalStore, MemoryStore
 from kintsugi_serve.api import build_api
+from kintsugi_serve.jobs import Rejection
 from kintsugi_serve.replica import Replica
-from kintsugi_serve.schemas import Refusal, Rejection, Settings
+from kintsugi_serve.schemas import Refusal, Settings
 
 ROOT = "s3://plant/kintsugi"
 PART = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
@@ -286,7 +287,7 @@ def test_a_failing_store_is_a_problem_that_names_no_insides(
     echo: Any, error: Exception, status: int, code: str
 ) -> None:
     class Broken(MemoryStore):
-        def list(self, prefix: str = "") -> Any:
+        def size(self, key: str) -> int:
             raise error
 
     client = TestClient(build_api(Settings(store=ROOT), echo, open_root=lambda _: Broken()))

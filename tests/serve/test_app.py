@@ -13,7 +13,8 @@ from kintsugi.errors import ModelNotFound
 from kintsugi.registry import Registry
 from kintsugi.storage import LocalStore
 from kintsugi_serve.app import ReplicaBackend, build
-from kintsugi_serve.schemas import Args, Job, LoadedModel, Refusal
+from kintsugi_serve.jobs import Job, LoadedModel, Serving
+from kintsugi_serve.schemas import Args, Refusal
 
 CONFIG = Path(__file__).parents[2] / "serve" / "application.yaml"
 
@@ -51,7 +52,7 @@ class FakeHandle:
 def _refusal(result: Any) -> tuple[Refusal, FakeHandle]:
     handle: Any = FakeHandle(result)
     with pytest.raises(Refusal) as caught:
-        asyncio.run(ReplicaBackend(handle, 0.01).restore(Job(b"x")))
+        asyncio.run(ReplicaBackend(handle, 1).restore(Job(b"x", budget_s=0.01)))
     return caught.value, handle
 
 
@@ -85,17 +86,33 @@ def test_work_that_nobody_waits_for_is_cancelled() -> None:
 
 
 def test_an_answer_of_a_replica_is_handed_on() -> None:
-    version = LoadedModel("unet", 1, "d")
-    handle: Any = FakeHandle(version)
-    assert asyncio.run(ReplicaBackend(handle, 1).describe()) == version
+    serving = Serving(LoadedModel("unet", 1, "d"))
+    handle: Any = FakeHandle(serving)
+    assert asyncio.run(ReplicaBackend(handle, 1).describe()) == serving
 
 
-def test_an_alias_is_pinned_when_the_application_is_built(store: LocalStore, tmp_path: Path, publish: Any) -> None:
+def test_replicas_follow_the_alias_themselves(store: LocalStore, tmp_path: Path, publish: Any) -> None:
     publish(store, tmp_path / "a")
-    publish(store, tmp_path / "b", seed=1)
     Registry(store).promote("unet@1", "production")
     replica = _deployments(build(Args(store=str(store.root))))["Replica"]
-    assert replica.user_config == {"model": "unet@1"}
+    assert replica.user_config == {"model": "unet@production"}
+
+
+def test_work_whose_replica_died_is_done_by_another_one() -> None:
+    answers = [ActorDiedError(), ActorDiedError(), Serving(LoadedModel("unet", 1, "d"))]
+    tried: list[Job] = []
+
+    class Dying:
+        restore = property(lambda self: self)
+
+        def remote(self, job: Job) -> FakeResponse:
+            tried.append(job)
+            return FakeResponse(answers[len(tried) - 1])
+
+    handle: Any = Dying()
+    assert asyncio.run(ReplicaBackend(handle, 1).restore(Job(b"x"))) is answers[-1]
+    assert len(tried) == 3
+    assert tried[2].budget_s <= tried[0].budget_s <= Job(b"x").budget_s
 
 
 def test_the_bounds_reach_ray(store: LocalStore, tmp_path: Path, publish: Any) -> None:
@@ -109,7 +126,7 @@ def test_the_bounds_reach_ray(store: LocalStore, tmp_path: Path, publish: Any) -
     assert (scaling.min_replicas, scaling.max_replicas) == (2, 3)
     assert replica.ray_actor_options["num_cpus"] == 0.25
     assert replica.max_queued_requests == 5
-    assert replica.max_ongoing_requests >= args.max_batch_size
+    assert replica.max_ongoing_requests == args.max_ongoing_requests
     assert ingress.ray_actor_options["num_cpus"] == 0.1
 
 

@@ -8,9 +8,12 @@ from threading import Thread
 import pytest
 
 from kintsugi import local
+from kintsugi.cli import main
 from kintsugi.errors import ConfigError, ModelNotFound, StackError
 from kintsugi.storage import LocalStore
 from kintsugi_serve import commands
+from kintsugi_serve.callers import Caller, Callers
+from kintsugi_serve.keys import read_keys
 
 
 @pytest.fixture(autouse=True)
@@ -56,13 +59,34 @@ def test_a_model_must_be_named() -> None:
 
 
 def test_a_host_that_others_reach_needs_a_key() -> None:
-    with pytest.raises(ConfigError, match="--api-key-sha256"):
+    with pytest.raises(ConfigError, match="--keys FILE"):
         commands.serve(model="unet", host="0.0.0.0")
 
 
-def test_a_key_itself_is_not_taken_for_its_hash() -> None:
+def test_a_key_itself_is_not_taken_for_its_hash(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text("keys:\n  - {tenant: line, sha256: my key}\n")
+    file.chmod(0o600)
     with pytest.raises(ConfigError, match="64 hex digits"):
-        commands.serve(model="unet", api_key_sha256=["my key"])
+        commands.serve(model="unet", keys=file)
+
+
+def test_a_key_that_was_made_opens_what_its_entry_is_read_into(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "key", "line-3"]) == 0
+    key, _, entry = capsys.readouterr().out.partition("\n\n")
+    file = tmp_path / "keys.yaml"
+    file.write_text(entry)
+    file.chmod(0o600)
+    caller = Callers(read_keys(file)).identify({"x-api-key": key})
+    assert caller == Caller("line-3")
+    assert key not in entry
+
+
+def test_a_key_of_a_name_that_is_no_tenant_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "key", "Line 3"]) == 1
+    assert "use a to z" in capsys.readouterr().err
 
 
 def test_bounds_that_cross_are_refused() -> None:

@@ -1,6 +1,8 @@
+import asyncio
 import base64
 import hashlib
 import inspect
+import json
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +12,8 @@ from fastapi.testclient import TestClient
 
 from kintsugi import errors
 from kintsugi_serve.api import build_api
-from kintsugi_serve.edge import ERROR_CODES, code_of, problem_of
+from kintsugi_serve.edge import ERROR_CODES, Edge, Metrics, code_of, problem_of
+from kintsugi_serve.keys import Key
 from kintsugi_serve.schemas import PROBLEMS, Settings
 
 KEY = "a key of the line"
@@ -25,7 +28,12 @@ def client(echo: Any) -> TestClient:
 
 @pytest.fixture
 def guarded(echo: Any) -> TestClient:
-    return TestClient(build_api(Settings(store="/nowhere", api_key_sha256=("0" * 64, HASH)), echo))
+    return TestClient(
+        build_api(
+            Settings(store="/nowhere", keys=(Key(tenant="other", sha256="0" * 64), Key(tenant="line", sha256=HASH))),
+            echo,
+        )
+    )
 
 
 def _endless(chunks: int, seen: list[int]) -> Iterator[bytes]:
@@ -161,17 +169,71 @@ def test_a_client_error_of_the_library_is_told() -> None:
     assert b"there is no model 'x'" in answer.body
 
 
-def test_each_request_leaves_one_line_without_key_or_query(
+def _audit(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    return [json.loads(record.getMessage()) for record in caplog.records if record.name == "kintsugi.audit"]
+
+
+def test_each_request_leaves_one_line_that_says_who_what_and_by_which_model(
     guarded: TestClient, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO, logger="kintsugi_serve.edge"):
+    with caplog.at_level(logging.INFO, logger="kintsugi.audit"):
         headers = {"X-API-Key": KEY, "X-Request-Id": "part-7"}
         guarded.post("/v1/restore?white_level=4095", content=b"xyz", headers=headers)
-    lines = [record.getMessage() for record in caplog.records if record.name == "kintsugi_serve.edge"]
-    assert len(lines) == 1
-    assert "request_id=part-7 method=POST route=/v1/restore status=200" in lines[0]
-    assert "received=3 sent=3" in lines[0]
-    assert KEY not in lines[0] and "4095" not in lines[0]
+    (line,) = _audit(caplog)
+    assert (line["request_id"], line["method"], line["route"], line["status"]) == ("part-7", "POST", "/v1/restore", 200)
+    assert (line["received"], line["sent"]) == (3, 3)
+    assert (line["model"], line["model_digest"]) == ("unet@3", "d" * 64)
+    assert line["input_sha256"] == line["output_sha256"] == hashlib.sha256(b"xyz").hexdigest()
+    assert (line["retention"], line["alarm"]) == (0.9876, False)
+    assert KEY not in caplog.text and "4095" not in caplog.text
+
+
+def test_a_refused_request_leaves_a_line_with_its_code(
+    guarded: TestClient, client: TestClient, echo: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="kintsugi.audit"):
+        guarded.post("/v1/restore", content=b"xyz")
+        client.get("/unknown")
+        echo.failure = RuntimeError("a fault")
+        client.post("/v1/restore", content=b"xyz")
+    assert [(line["status"], line["code"]) for line in _audit(caplog)] == [
+        (401, "unauthorized"),
+        (404, "not_found"),
+        (500, "internal"),
+    ]
+
+
+def test_a_client_shortens_the_time_and_never_lengthens_it(client: TestClient, echo: Any) -> None:
+    for given in ("0.5", "1e9", "inf"):
+        client.post("/v1/restore", content=b"xyz", headers={"X-Kintsugi-Timeout": given})
+    client.post("/v1/restore", content=b"xyz")
+    short, *others = [job.budget_s for job in echo.jobs]
+    assert 0 < short <= 0.5
+    assert all(1 < budget <= Settings(store="/x").timeout_s for budget in others)
+
+
+@pytest.mark.parametrize("given", ["soon", "", "-1", "0", "nan"])
+def test_a_time_that_is_none_is_malformed(client: TestClient, given: str) -> None:
+    answer = client.post("/v1/restore", content=b"xyz", headers={"X-Kintsugi-Timeout": given})
+    assert (answer.status_code, answer.json()["code"]) == (400, "bad_request")
+
+
+def test_a_body_that_does_not_arrive_is_not_waited_for(echo: Any) -> None:
+    metrics = Metrics()
+    edge = Edge(build_api(Settings(store="/x"), echo), Settings(store="/x", timeout_s=0.01), metrics, grace_s=0.01)
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/restore", "headers": [], "query_string": b""}
+    asyncio.run(edge(scope, receive, send))
+    assert sent[0]["status"] == 503
+    assert json.loads(sent[1]["body"])["code"] == "timeout"
+    assert any(name == b"retry-after" for name, _ in sent[0]["headers"])
 
 
 def test_metrics_count_by_route_and_status(client: TestClient, echo: Any) -> None:
@@ -187,6 +249,14 @@ def test_metrics_count_by_route_and_status(client: TestClient, echo: Any) -> Non
     assert 'kintsugi_received_bytes_total{route="/v1/restore"} 3.0' in text
     assert 'kintsugi_request_seconds_count{route="/v1/restore"} 1.0' in text
     assert 'kintsugi_alarms_total{model="unet@3"} 1.0' in text
+    assert 'kintsugi_retention_count{model="unet@3"} 1.0' in text
+    assert 'kintsugi_stage_seconds_count{stage="model"} 1.0' in text
+    assert "kintsugi_batch_images_count 1.0" in text
+    assert "kintsugi_ongoing_requests 1.0" in text
+    client.get("/v1/models")
+    text = client.get("/metrics").text
+    assert f'kintsugi_model_info{{digest="{"d" * 64}",model="unet@3"}} 1.0' in text
+    assert "kintsugi_model_refused 0.0" in text
 
 
 def test_answers_are_neither_sniffed_nor_kept(client: TestClient) -> None:

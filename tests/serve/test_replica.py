@@ -1,4 +1,5 @@
 import asyncio
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -9,12 +10,15 @@ import numpy as np
 import pytest
 
 from kintsugi import imaging
-from kintsugi.errors import ConfigError, ImageError, IntegrityError, KintsugiError, ModelNotFound
+from kintsugi.errors import ConfigError, ModelNotFound
 from kintsugi.registry import Registry
 from kintsugi.restore.restorer import Restorer
-from kintsugi.storage import LocalStore
-from kintsugi_serve.replica import Loaded, Replica, check_model
-from kintsugi_serve.schemas import Answer, Job, LoadedModel, Rejection, Settings
+from kintsugi.storage import LocalStore, sha256
+from kintsugi_serve.codec import Decoder
+from kintsugi_serve.jobs import Answer, Job, LoadedModel, Rejection
+from kintsugi_serve.replica import Replica, ray_batching
+from kintsugi_serve.schemas import Settings
+from kintsugi_serve.serving import Loaded
 
 KINDS: list[tuple[Any, type, imaging.Format]] = [
     ((40, 48), np.uint8, "png"),
@@ -40,22 +44,52 @@ class Doubtful:
         self.batches.append(len(images))
         if any(int(image.pixels.max()) >= self.limit for image in images):
             raise RuntimeError("out of memory")
-        report = SimpleNamespace(retention=1.0, added=0.0, alarm=False, to_dict=lambda: {"alarm": False})
+        report = SimpleNamespace(
+            retention=1.0, added=0.0, alarm=False, abstained=None, to_dict=lambda: {"alarm": False}
+        )
         return [
-            SimpleNamespace(image=imaging.Image(image.pixels[self.crop :], image.format), report=report)
+            SimpleNamespace(
+                image=imaging.Image(image.pixels[self.crop :], image.format), report=report, defect_map=None
+            )
             for image in images
         ]
 
 
+class One:
+    """A source of one model, whatever is asked for."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def find(self, reference: str) -> Any:
+        return SimpleNamespace(ref="unet@1", name="unet", number=1, digest="d" * 64)
+
+    def load(self, version: Any) -> Loaded:
+        return Loaded(self.model, LoadedModel("unet", 1, "d" * 64))
+
+    def fallbacks(self, reference: str) -> list[Any]:
+        return []
+
+    def keep(self, reference: str, version: Any) -> None:
+        return None
+
+
+def _unshelved(load: Any) -> Any:
+    return load
+
+
+def _of_model(settings: Settings, model: Any, batching: Any) -> Replica:
+    return Replica(settings, batching=batching, shelving=_unshelved, source=One(model))
+
+
 def _replica(settings: Settings, model: Any, batching: Any) -> Replica:
-    version = LoadedModel("unet", 1, "d" * 64)
-    replica = Replica(settings, batching=batching, load=lambda ref, s, current: Loaded(model, version))
+    replica = _of_model(settings, model, batching)
     asyncio.run(replica.reconfigure({"model": "unet@1"}))
     return replica
 
 
 def _served(settings: Settings, one_by_one: Any, reference: str = "unet") -> Replica:
-    replica = Replica(settings, batching=one_by_one)
+    replica = Replica(settings, batching=one_by_one, shelving=_unshelved)
     asyncio.run(replica.reconfigure({"model": reference}))
     return replica
 
@@ -89,7 +123,9 @@ def test_the_answer_is_the_restorers_to_the_byte(
     local = Restorer.from_checkpoint(Registry(store).fetch(version)).restore(imaging.decode(data))
     assert isinstance(answer, Answer)
     assert answer.image == imaging.encode(local.image)
-    assert answer.report == local.report.to_dict()
+    assert answer.report == {**local.report.to_dict(), "defect_map": None}
+    assert (answer.input_sha256, answer.output_sha256) == (sha256(data), sha256(answer.image))
+    assert set(answer.timing_ms) == {"decode", "queue", "model", "encode"}
     assert answer.model == LoadedModel("unet", 1, version.digest)
 
 
@@ -119,7 +155,7 @@ def test_images_that_come_together_pass_the_model_together(settings: Settings, p
     model = Doubtful()
 
     async def ask() -> list[Any]:
-        replica = Replica(settings, batching=gathered(3), load=lambda *_: Loaded(model, LoadedModel("unet", 1, "d")))
+        replica = _of_model(settings, model, gathered(3))
         await replica.reconfigure({"model": "unet@1"})
         return await asyncio.gather(*(replica.restore(Job(picture((32, 32 + i)))) for i in range(3)))
 
@@ -133,7 +169,7 @@ def test_an_image_that_breaks_the_model_does_not_take_its_neighbours_along(setti
 
     async def ask() -> list[Any]:
         model = Doubtful(limit=200)
-        replica = Replica(settings, batching=gathered(3), load=lambda *_: Loaded(model, LoadedModel("unet", 1, "d")))
+        replica = _of_model(settings, model, gathered(3))
         await replica.reconfigure({"model": "unet@1"})
         return await asyncio.gather(*(replica.restore(Job(data)) for data in files))
 
@@ -149,7 +185,7 @@ def test_an_answer_of_another_size_is_never_given(settings: Settings, picture: A
 
 
 def test_a_replica_without_a_model_is_not_healthy(settings: Settings, one_by_one: Any) -> None:
-    with pytest.raises(ConfigError, match="no model"):
+    with pytest.raises(ModelNotFound, match="no model"):
         Replica(settings, batching=one_by_one).check_health()
 
 
@@ -168,40 +204,85 @@ def test_reconfigure_puts_the_new_version_in_place(
     assert before.image != after.image
 
 
-def test_a_model_that_does_not_exist_leaves_the_old_one_in_place(
+def test_a_request_may_name_another_published_model(
     settings: Settings, store: LocalStore, tmp_path: Any, publish: Any, picture: Any, one_by_one: Any
 ) -> None:
-    publish(store, tmp_path / "a")
-    replica = _served(settings, one_by_one)
-    with pytest.raises(ModelNotFound):
-        asyncio.run(replica.reconfigure({"model": "unet@9"}))
-    assert asyncio.run(replica.describe()).number == 1
-    assert isinstance(asyncio.run(replica.restore(Job(picture()))), Answer)
-
-
-def test_damaged_weights_are_never_served(
-    settings: Settings, store: LocalStore, tmp_path: Any, publish: Any, one_by_one: Any
-) -> None:
     publish(store, tmp_path / "a", seed=1)
-    replica = _served(settings, one_by_one)
     publish(store, tmp_path / "b", seed=2)
-    key = "models/unet/versions/2/weights.safetensors"
-    data = bytearray(store.get(key))
-    data[-5] ^= 1
-    store.put(key, bytes(data))
-    with pytest.raises(IntegrityError):
-        asyncio.run(replica.reconfigure({"model": "unet@2"}))
-    assert asyncio.run(replica.describe()).number == 1
+    replica = _served(settings, one_by_one, "unet@2")
+    answers = [asyncio.run(replica.restore(Job(picture(), model=name))) for name in (None, "unet@1", "unet@2")]
+    assert [answer.model.number for answer in answers if isinstance(answer, Answer)] == [2, 1, 2]
+    unknown = asyncio.run(replica.restore(Job(picture(), model="unet@9")))
+    assert isinstance(unknown, Rejection) and unknown.code == "not_found"
+    assert asyncio.run(replica.resolve("unet@1")).number == 1
+    assert asyncio.run(replica.resolve(None)).number == 2
 
 
-def test_the_same_version_is_not_loaded_twice(
-    settings: Settings, store: LocalStore, tmp_path: Any, publish: Any, one_by_one: Any
+def test_a_job_without_time_left_is_not_answered(settings: Settings, picture: Any, gathered: Any) -> None:
+    model = Doubtful()
+    answer = asyncio.run(_replica(settings, model, gathered(2)).restore(Job(picture(), budget_s=0.05)))
+    assert isinstance(answer, Rejection) and answer.code == "timeout"
+    assert model.batches == []
+
+
+def test_work_for_a_client_that_is_gone_does_not_reach_the_model(
+    settings: Settings, picture: Any, gathered: Any
 ) -> None:
-    publish(store, tmp_path / "a")
+    model = Doubtful()
+
+    async def ask() -> Any:
+        replica = _of_model(settings, model, gathered(2))
+        await replica.reconfigure({"model": "unet@1"})
+        gone = asyncio.create_task(replica.restore(Job(picture(), budget_s=0.05)))
+        await gone
+        return await replica.restore(Job(picture((32, 33))))
+
+    assert isinstance(asyncio.run(ask()), Answer)
+    assert model.batches == [1]
+
+
+def test_the_facts_are_written_into_the_file_on_request_and_do_not_change_from_time_to_time(
+    settings: Settings, store: LocalStore, tmp_path: Any, publish: Any, picture: Any, one_by_one: Any
+) -> None:
+    version = publish(store, tmp_path / "a")
     replica = _served(settings, one_by_one)
-    model = replica._current().model
-    asyncio.run(replica.reconfigure({"model": "unet"}))
-    assert replica._current().model is model
+    for kind in ("png", "tiff"):
+        data = picture((40, 48), np.uint16, kind)
+        plain, *noted = (asyncio.run(replica.restore(Job(data, embed=embed))) for embed in (False, True, True))
+        assert isinstance(plain, Answer) and all(isinstance(answer, Answer) for answer in noted)
+        assert noted[0].image == noted[1].image != plain.image
+        image = imaging.decode(noted[0].image)
+        assert np.array_equal(image.pixels, imaging.decode(plain.image).pixels)
+        said = json.loads(imaging.note_of(noted[0].image) or "")
+        assert (said["model"], said["model_digest"]) == ("unet@1", version.digest)
+        assert said["input_sha256"] == sha256(data)
+        assert said["pixels_sha256"] == sha256(image.pixels.tobytes())
+    refused = asyncio.run(replica.restore(Job(picture(kind="bmp"), embed=True)))
+    assert isinstance(refused, Rejection) and refused.code == "unsupported_format"
+
+
+def test_the_defect_map_is_answered_where_the_model_predicts_one(
+    settings: Settings, store: LocalStore, tmp_path: Any, publish: Any, picture: Any, one_by_one: Any
+) -> None:
+    publish(store, tmp_path / "a", mask="predicted")
+    answer = asyncio.run(_served(settings, one_by_one).restore(Job(picture(), defect_map=True)))
+    assert isinstance(answer, Answer) and answer.defect_map is not None
+    shown = imaging.decode(answer.defect_map)
+    assert (shown.size, shown.bit_depth) == ((40, 48), 8)
+    assert answer.report["defect_map"]["max"] == pytest.approx(shown.pixels.max() / 255, abs=1 / 255)
+
+
+def test_batches_are_filled_by_pixels_on_a_gpu_and_images_pass_alone_on_a_cpu(settings: Settings) -> None:
+    def limit_of(device: str) -> Any:
+        chosen = settings.model_copy(update={"device": device, "max_batch_pixels": 1000})
+
+        async def infer(batch: list[Any]) -> list[Any]:
+            return batch
+
+        return ray_batching(chosen)(infer)
+
+    assert limit_of("cuda")._get_max_batch_size() == 1000
+    assert limit_of("cpu")._get_max_batch_size() == 1
 
 
 @pytest.mark.parametrize("config", [{}, {"model": None}, {"model": 3}])
@@ -210,15 +291,23 @@ def test_a_user_config_without_a_model_is_refused(settings: Settings, one_by_one
         asyncio.run(Replica(settings, batching=one_by_one).reconfigure(config))
 
 
-class Refusing:
-    def restore_batch(self, images: Sequence[imaging.Image], masks: Sequence[Any]) -> list[Any]:
-        return [ImageError("mismatch", "no")]
+@pytest.mark.processes
+def test_a_replica_decodes_in_processes_of_its_own(
+    settings: Settings, store: LocalStore, tmp_path: Any, publish: Any, picture: Any, one_by_one: Any
+) -> None:
+    publish(store, tmp_path / "a")
 
+    async def ask() -> list[Any]:
+        replica = Replica(settings, batching=one_by_one, shelving=_unshelved)
+        await replica.reconfigure({"model": "unet"})
+        found = [await replica.restore(Job(data)) for data in (picture(), picture()[:-20], b"GIF89a")]
+        assert isinstance(replica._decoder, Decoder)
+        replica._decoder.close()
+        return found
 
-@pytest.mark.parametrize("model", [Refusing(), Doubtful(crop=1)])
-def test_a_model_that_cannot_restore_a_plain_image_is_not_taken(model: Any) -> None:
-    with pytest.raises(KintsugiError, match="publish another version"):
-        check_model(model, LoadedModel("unet", 1, "d"))
+    good, cut, other = asyncio.run(ask())
+    assert isinstance(good, Answer)
+    assert (cut.code, other.code) == ("undecodable", "unsupported_format")
 
 
 def test_published_lists_names_aliases_and_versions(

@@ -2,87 +2,7 @@ import pytest
 from pydantic import ValidationError
 
 from kintsugi.errors import ImageError
-from kintsugi_serve.schemas import PROBLEMS, Args, Refusal, Settings, allowed_address, writable_address
-
-ROOT = "s3://plant/line-1"
-
-ESCAPES = [
-    "s3://plant/line-1-evil/a.png",
-    "s3://plant/line-1",
-    "s3://plant/line-1/",
-    "s3://plant/line-10/a.png",
-    "s3://plant/other/a.png",
-    "s3://plants/line-1/a.png",
-    "s3://PLANT/line-1/a.png",
-    "s3://plant/line-1/../other/a.png",
-    "s3://plant/line-1/..",
-    "s3://plant/line-1/./a.png",
-    "s3://plant/./line-1/a.png",
-    "s3://plant/line-1//a.png",
-    "s3://plant//line-1/a.png",
-    "s3:///plant/line-1/a.png",
-    "s3://plant/line-1/%2e%2e/other/a.png",
-    "s3://plant/line-1/%2F..%2Fa.png",
-    "s3://plant%2Fline-1/a.png",
-    "s3://evil@plant/line-1/a.png",
-    "s3://plant@evil/line-1/a.png",
-    "s3://plant/line-1/a@b.png",
-    "s3://plant/line-1\\..\\other\\a.png",
-    "s3://plant/line-1/a\0.png",
-    "s3://plant/line-1/a\n.png",
-    "s3://plant/line-1/a.png\n",
-    "s3://plant/line-1/\u202ea.png",
-    "s3://plant/line-1/\u200ba.png",
-    "s3://plant/line-1/\ud800.png",
-    "s3://plant/line-1/a.png?versionId=3",
-    "s3://plant/line-1/a.png#part",
-    "s3://plant:9000/line-1/a.png",
-    "s3://plant/line-1/" + "a" * 1100,
-    " s3://plant/line-1/a.png",
-    "S3://plant/line-1/a.png",
-    "s3:plant/line-1/a.png",
-    "http://plant/line-1/a.png",
-    "http://169.254.169.254/latest/meta-data",
-    "file:///etc/passwd",
-    "/etc/passwd",
-    "arn:aws:s3:::plant/line-1/a.png",
-    "",
-]
-
-
-@pytest.mark.parametrize("uri", ESCAPES)
-def test_an_address_that_is_not_plainly_below_a_root_is_forbidden(uri: str) -> None:
-    with pytest.raises(Refusal) as caught:
-        allowed_address(uri, (ROOT,))
-    assert (caught.value.code, caught.value.status) == ("forbidden", 403)
-
-
-@pytest.mark.parametrize("root", [ROOT, ROOT + "/"])
-@pytest.mark.parametrize("key", ["a.png", "in/Teil 7 (öben).tiff", "..a/b..", "part=3/x+y.png"])
-def test_a_plain_address_below_a_root_is_split_at_the_root(root: str, key: str) -> None:
-    address = allowed_address(f"{ROOT}/{key}", ("s3://elsewhere", root))
-    assert (address.root, address.key) == (ROOT, key)
-
-
-def test_a_whole_bucket_can_be_a_root() -> None:
-    address = allowed_address("s3://plant/a/b.png", ("s3://plant",))
-    assert (address.root, address.key) == ("s3://plant", "a/b.png")
-
-
-def test_no_root_allows_nothing() -> None:
-    with pytest.raises(Refusal, match="outside"):
-        allowed_address("s3://plant/a.png", ())
-
-
-@pytest.mark.parametrize("roots", [None, ("s3://plant",), ("s3://plant/kintsugi",)])
-@pytest.mark.parametrize("name", ["models", "datasets", "runs"])
-def test_results_cannot_be_written_among_the_stores_own_folders(name: str, roots: tuple[str, ...] | None) -> None:
-    settings = Settings(store="s3://plant/kintsugi", s3_roots=roots)
-    for uri in (f"s3://plant/kintsugi/{name}/x.png", f"s3://plant/kintsugi/{name}"):
-        with pytest.raises(Refusal) as caught:
-            writable_address(uri, settings)
-        assert caught.value.status == 403
-    assert writable_address(f"s3://plant/kintsugi/{name}-2/x.png", settings).key.endswith("x.png")
+from kintsugi_serve.schemas import PROBLEMS, Args, Refusal, Settings
 
 
 def test_the_store_is_the_root_where_none_is_given() -> None:
@@ -112,8 +32,14 @@ def test_a_setting_that_does_not_exist_is_refused() -> None:
 
 
 def test_a_key_that_is_not_a_hash_is_refused() -> None:
-    with pytest.raises(ValidationError, match="api_key_sha256"):
-        Args(store="s3://plant/k", api_key_sha256=("secret",))
+    with pytest.raises(ValidationError, match="sha256"):
+        Args.model_validate({"store": "s3://plant/k", "keys": [{"tenant": "line", "sha256": "secret"}]})
+
+
+def test_two_entries_of_one_key_are_refused() -> None:
+    twice = [{"tenant": tenant, "sha256": "a" * 64} for tenant in ("line-1", "line-2")]
+    with pytest.raises(ValidationError, match="take one of the two out"):
+        Args.model_validate({"store": "s3://plant/k", "keys": twice})
 
 
 def test_a_gpu_moves_the_model_to_cuda_unless_told_otherwise() -> None:
@@ -130,6 +56,7 @@ def test_every_documented_image_error_has_a_status() -> None:
     assert all(400 <= PROBLEMS[code][0] < 500 for code in codes)
 
 
-@pytest.mark.parametrize("code", [code for code, (status, _) in PROBLEMS.items() if status == 503])
-def test_every_503_says_when_to_come_back(code: str) -> None:
+@pytest.mark.parametrize("code", [code for code, (status, _) in PROBLEMS.items() if status in (429, 503)])
+def test_every_429_and_503_says_when_to_come_back(code: str) -> None:
     assert Refusal(code, "later").retry_after_s == 1
+    assert Refusal(code, "later", retry_after_s=7).retry_after_s == 7
