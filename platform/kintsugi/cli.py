@@ -47,6 +47,7 @@ COMMANDS: Table = {
     "models promote": ("kintsugi.commands.models:promote", "Point an alias at a version."),
     "models rollback": ("kintsugi.commands.models:rollback", "Point an alias back at the version before."),
     "restore": ("kintsugi.commands.restore:restore", "Restore an image file or a folder, here or by a service."),
+    "export": ("kintsugi.commands.export:export", "Write a model as ONNX, for HALCON, OpenVINO, TensorRT and others."),
     "serve": ("kintsugi_serve.commands:serve", "Serve a model over HTTP with Ray Serve."),
     "serve key": ("kintsugi_serve.commands:key", "Make a key for callers of the service."),
 }
