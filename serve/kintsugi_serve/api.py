@@ -9,11 +9,13 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from kintsugi.storage import ObjectStore, open_store, sha256
 from kintsugi_serve.edge import Edge, Metrics, handle_errors
 from kintsugi_serve.jobs import Answer, Backend, Job, LoadedModel, Rejection, Serving
+from kintsugi_serve.openapi import PROBLEM_RESPONSES, RESTORE_ROUTE, S3_ROUTE
 from kintsugi_serve.pages import page_route
 from kintsugi_serve.places import Places
 from kintsugi_serve.requests import DefectMap, Embed, ModelName, Repeats, WhiteLevel, read_job
@@ -44,31 +46,6 @@ def answer_headers(answer: Answer) -> dict[str, str]:
     }
 
 
-_PROBLEM_RESPONSE = {"description": "Problem (RFC 9457)", "content": {"application/problem+json": {}}}
-_RESTORE_BODY: dict[str, Any] = {
-    "required": True,
-    "content": {kind: {} for kind in ("image/png", "image/tiff", "image/jpeg", "image/bmp", "application/octet-stream")}
-    | {
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "required": ["image"],
-                "properties": {part: {"type": "string", "format": "binary"} for part in ("image", "mask")},
-            }
-        }
-    },
-}
-_RESTORE_ANSWER: dict[str, Any] = {
-    "description": "The image, restored, in the format it came in; or a report with it, if JSON is accepted",
-    "model": JsonResult,
-    "content": {"image/png": {}, "image/tiff": {}, "image/jpeg": {}, "image/bmp": {}},
-}
-_RESTORE_ROUTE: dict[str, Any] = {
-    "responses": {200: _RESTORE_ANSWER},
-    "openapi_extra": {"requestBody": _RESTORE_BODY},
-}
-
-
 def build_api(
     settings: Settings,
     backend: Backend,
@@ -82,18 +59,18 @@ def build_api(
         proxy_echoes_id: the proxy in front adds the request's own X-Request-Id to every answer, as Ray Serve's does.
     """
     metrics = Metrics()
-    app = FastAPI(title="kintsugi", docs_url=None, redoc_url=None, responses={"4XX": _PROBLEM_RESPONSE})
+    app = FastAPI(title="kintsugi", docs_url=None, redoc_url=None, responses=PROBLEM_RESPONSES)
     app.add_middleware(Edge, settings=settings, metrics=metrics, proxy_echoes_id=proxy_echoes_id)
     handle_errors(app)
     places = Places(settings.store, open_root, max_bytes=settings.max_body_bytes)
     results = functools.cache(lambda: Results(open_root(settings.store)))
     service = Service(settings, backend, metrics, places, results)
-    app.post("/v1/restore", response_class=Response, summary="Restore one image", **_RESTORE_ROUTE)(service.restore)
-    app.post("/v1/restore/s3", response_model=S3Result, summary="Restore from S3 to S3")(service.restore_s3)
+    app.post("/v1/restore", response_class=Response, summary="Restore one image", **RESTORE_ROUTE)(service.restore)
+    app.post("/v1/restore/s3", response_model=S3Result, summary="Restore from S3 to S3", **S3_ROUTE)(service.restore_s3)
     app.get("/v1/models", summary="The model in service, and all published ones")(service.models)
     app.get("/healthz", summary="Whether this process is alive")(service.healthz)
     app.get("/readyz", summary="Whether a replica holds a model")(service.readyz)
-    app.get("/metrics", summary="For Prometheus")(service.metrics)
+    app.get("/metrics", summary="For Prometheus", response_class=PlainTextResponse)(service.metrics)
     for path, name in (("/", "index.html"), ("/docs", "docs.html")):
         app.get(path, include_in_schema=False)(page_route(name))
     return app

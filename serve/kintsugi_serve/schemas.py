@@ -143,7 +143,12 @@ class Args(Settings):
 class S3Request(BaseModel):
     """Body of POST /v1/restore/s3; without `output` the result stays where results are kept."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [{"input": "s3://plant/line-3/in/part-7.tif", "output": "s3://plant/line-3/out/part-7.tif"}]
+        },
+    )
 
     input: str
     output: str | None = None
