@@ -61,6 +61,11 @@ bench-train: $(STAMP) ## Measure training against torchrun and against data in m
 bench-tune: $(STAMP) ## Measure searches on a folder of real tiles, and kill some; ARGS="FOLDER --kills 3" shortens it
 	$(BIN)/python tests/benchmarks/bench_tune.py $(ARGS)
 
+.PHONY: chaos-serve
+chaos-serve: $(STAMP) nginx ## Kill, spoil and starve a service under load; ARGS="--requests 500 --rollouts 3" shortens it
+	$(BIN)/python tests/benchmarks/chaos_serve.py $(ARGS)
+	$(BIN)/python tests/benchmarks/fuzz_uris.py
+
 .PHONY: chaos-train
 chaos-train: $(STAMP) ## Kill workers, nodes, drivers and writers of a training; ARGS="--kills 3 --writers 10" shortens it
 	$(BIN)/python tests/benchmarks/chaos_train.py $(ARGS)

@@ -1,0 +1,21 @@
+"""The short form of `make chaos-serve`: what must hold, holds; what is timed is not judged."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Rows = Callable[..., dict[str, dict[str, Any]]]
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(900)
+def test_a_service_that_is_killed_spoilt_and_starved_loses_doubles_and_alters_nothing(
+    rows_of: Rows, tmp_path: Path
+) -> None:
+    short = "--requests 300 --every 2 --rollouts 3 --away 5 --malformed 120 --replicas 2".split()
+    rows = rows_of("chaos_serve.py", "chaos", tmp_path, *short)
+    judged = [row for row in rows.values() if row["holds"] is not None and row["unit"] != "s"]
+    assert len(judged) == 12
+    assert [(row["figure"], row["value"], row["note"]) for row in judged if not row["holds"]] == []
