@@ -48,6 +48,7 @@ COMMANDS: Table = {
     "models rollback": ("kintsugi.commands.models:rollback", "Point an alias back at the version before."),
     "restore": ("kintsugi.commands.restore:restore", "Restore one image file."),
     "serve": ("kintsugi_serve.commands:serve", "Serve a model over HTTP with Ray Serve."),
+    "batch": ("kintsugi_serve.batch_commands:batch", "Restore every image under a prefix, with a ledger."),
 }
 GROUPS = {
     "data": "Datasets: build and inspect.",
