@@ -1,5 +1,6 @@
 """What the store holds of a batch: its rounds, its ledger, how far it is. See `kintsugi_serve.batch`."""
 
+import contextlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,8 +30,9 @@ from kintsugi_serve.batch import (
 BLOCK = 64
 """Images of a block at most, while a round has no more than `PARTS` blocks; a block is lost when its process dies."""
 PARTS = 4096
-_SHARES = 32
-_LISTED = 50_000
+SHARES = 32
+"""Blocks at least, so that several actors share a small round."""
+LISTED = 50_000
 """Lines of one object of a listing."""
 TRIES = 3
 """How often an image may end the process that restores it."""
@@ -93,8 +95,8 @@ class Records:
         plan = Plan(
             round=round,
             total=len(wanted),
-            block=max(min(BLOCK, math.ceil(len(wanted) / _SHARES)), math.ceil(len(wanted) / PARTS)),
-            inputs=tuple(self._save_listing(wanted[i : i + _LISTED]) for i in range(0, len(wanted), _LISTED)),
+            block=block_size(len(wanted)),
+            inputs=tuple(self._save_listing(wanted[i : i + LISTED]) for i in range(0, len(wanted), LISTED)),
             carried=Counts.of(line for key, line in lines.items() if key not in taken),
             created=now(),
         )
@@ -136,12 +138,14 @@ class Records:
         """Write the lines of images from number `first` on. What was recorded under that number before stays."""
         self._create(self._part(plan.round, first), jsonl(lines))
 
-    def is_recorded(self, plan: Plan, number: int) -> bool:
-        try:
-            self.store.get(self._part(plan.round, number))
-        except ObjectNotFound:
-            return False
-        return True
+    def recorded(self, plan: Plan, items: Sequence[Input]) -> set[str]:
+        """The keys of those images of one block that have a line."""
+        found: set[str] = set()
+        for item in items:
+            if item.key not in found:
+                with contextlib.suppress(ObjectNotFound):
+                    found |= {line.key for line in parse_lines(self.store.get(self._part(plan.round, item.number)))}
+        return found
 
     def lines(self, round: int) -> dict[str, Line]:
         """The lines of a round by key. Of two, which a process that was thought dead may leave, the first counts."""
@@ -223,6 +227,10 @@ class Records:
 
     def _ledger(self, round: int) -> str:
         return f"{self.root}/{round}/ledger.jsonl"
+
+
+def block_size(images: int) -> int:
+    return max(min(BLOCK, math.ceil(images / SHARES)), math.ceil(images / PARTS))
 
 
 def listing(uri: str) -> list[tuple[str, int]]:

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kintsugi import imaging
@@ -118,17 +119,15 @@ def restore_block(bench: Bench, items: Sequence[Input]) -> Counts:
         StoreUnavailable: the store is away; what was done is done again later.
     """
     records, plan = bench.records, bench.plan
-    alone = not records.begin_block(plan, items[0].number // plan.block)
-    groups = [[item] for item in items if not records.is_recorded(plan, item.number)] if alone else [list(items)]
+    is_new = records.begin_block(plan, items[0].number // plan.block)
+    told = set() if is_new else records.recorded(plan, items)
+    groups = [items] if is_new else [[item] for item in items if item.key not in told]
     counts, away = Counts(), 0
     for group in groups:
         lines: list[Line] = []
         for item in group:
-            lines.append(
-                _poison(bench, item)
-                if alone and not records.begin_image(plan, item.number)
-                else restore_image(bench, item)
-            )
+            may_try = is_new or records.begin_image(plan, item.number)
+            lines.append(restore_image(bench, item) if may_try else _poison(bench, item))
             away = away + 1 if lines[-1].code == "store_unavailable" else 0
             if away == _AWAY:
                 raise StoreUnavailable(f"{lines[-1].detail}: ask for the batch again when the store answers")
@@ -203,19 +202,24 @@ class RestoreBlocks:
     def __init__(self, store_uri: str, batch: Batch, plan: Plan, options: RunOptions, load: Load) -> None:
         # At INFO botocore tells where it found credentials.
         logging.getLogger().setLevel(logging.WARNING)
-        self._bench = Bench(
-            Records(open_store(store_uri, LONG), batch),
-            plan,
-            load(store_uri, batch, options),
-            open_store(batch.input, _PATIENCE),
-            open_store(batch.output, _PATIENCE),
-            options.max_bytes,
-        )
+        # Not now: of what fails in a constructor Ray Data passes on the text only, not the error.
+        self._bench = cache(lambda: open_bench(store_uri, batch, plan, options, load))
 
     def __call__(self, rows: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for row in rows["items"]:
-            counts = restore_block(self._bench, [Input(*item) for item in json.loads(row)])
+            counts = restore_block(self._bench(), [Input(*item) for item in json.loads(row)])
             yield {name: [count] for name, count in counts.model_dump().items()}
+
+
+def open_bench(store_uri: str, batch: Batch, plan: Plan, options: RunOptions, load: Load) -> Bench:
+    return Bench(
+        Records(open_store(store_uri, LONG), batch),
+        plan,
+        load(store_uri, batch, options),
+        open_store(batch.input, _PATIENCE),
+        open_store(batch.output, _PATIENCE),
+        options.max_bytes,
+    )
 
 
 def run_batch(
@@ -229,7 +233,8 @@ def run_batch(
 ) -> Done:
     """Restore what a round has left, on the connected cluster, and finish the round.
 
-    Ray Data gives the block of an actor that died to another one: every object is created once, so that does no harm.
+    Ray Data starts an actor that died anew, and gives out its block again, as often as it takes: every object is created
+    once, so that does no harm.
 
     Args:
         progress: called with the counts of each block, when it is done.
@@ -262,11 +267,9 @@ def _run(
         RestoreBlocks,
         batch_size=1,
         fn_constructor_args=(store_uri, batch, plan, options, load),
-        concurrency=(1, min(options.concurrency, len(rows))),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(options.concurrency, len(rows))),
         num_cpus=options.num_cpus,
         num_gpus=options.num_gpus,
-        max_restarts=-1,
-        max_task_retries=-1,
     )
     try:
         for row in done.iter_rows():
