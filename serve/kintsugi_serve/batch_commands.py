@@ -100,7 +100,9 @@ def _tell(progress: "Progress", as_json: bool) -> None:
 
 def _refuse(progress: "Progress") -> None:
     if progress.status == "stopped":
-        raise RunInterrupted(progress.detail or f"batch {progress.id} stopped: 'kintsugi batch --resume' goes on")
+        raise RunInterrupted(
+            progress.detail or f"batch {progress.id} stopped: 'kintsugi batch --resume {progress.id}' goes on"
+        )
     lost = progress.refused + progress.failed
     if lost:
         raise KintsugiError(f"{lost} of {progress.total} images were not restored: {progress.ledger} says why of each")

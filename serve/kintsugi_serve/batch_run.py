@@ -233,8 +233,8 @@ def run_batch(
 ) -> Done:
     """Restore what a round has left, on the connected cluster, and finish the round.
 
-    Ray Data starts an actor that died anew, and gives out its block again, as often as it takes: every object is created
-    once, so that does no harm.
+    Ray Data starts an actor that died anew and gives out its block again, as often as it takes: every object is
+    created once, so that does no harm.
 
     Args:
         progress: called with the counts of each block, when it is done.
