@@ -100,9 +100,8 @@ def _tell(progress: "Progress", as_json: bool) -> None:
 
 def _refuse(progress: "Progress") -> None:
     if progress.status == "stopped":
-        raise RunInterrupted(
-            progress.detail or f"batch {progress.id} stopped: 'kintsugi batch --resume {progress.id}' goes on"
-        )
+        again = f"'kintsugi batch --resume {progress.id}' goes on"
+        raise RunInterrupted(f"batch {progress.id} stopped ({progress.detail or 'its process ended'}): {again}")
     lost = progress.refused + progress.failed
     if lost:
         raise KintsugiError(f"{lost} of {progress.total} images were not restored: {progress.ledger} says why of each")

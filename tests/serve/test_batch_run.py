@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -237,5 +239,11 @@ def test_the_verb_says_what_was_lost_and_where_it_is_told(capsys: pytest.Capture
     batch_commands._refuse(_progress("done", restored=9))
     with pytest.raises(KintsugiError, match=r"^2 of 9 images were not restored: store/ledger.jsonl says why"):
         batch_commands._refuse(_progress("done", restored=7, refused=1, failed=1))
-    with pytest.raises(RunInterrupted, match="'kintsugi batch --resume 0{16}' goes on"):
+    with pytest.raises(RunInterrupted, match=r"its process ended.*'kintsugi batch --resume 0{16}' goes on"):
         batch_commands._refuse(_progress("stopped", remaining=9))
+
+
+def test_the_modules_load_neither_ray_nor_torch() -> None:
+    modules = "kintsugi_serve.batch_service, kintsugi_serve.batch_commands, kintsugi_serve.batch_run"
+    code = f"import sys, {modules}; sys.exit(bool({{'ray', 'torch'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False).returncode == 0
