@@ -50,6 +50,7 @@ COMMANDS: Table = {
     "export": ("kintsugi.commands.export:export", "Write a model as ONNX, for HALCON, OpenVINO, TensorRT and others."),
     "serve": ("kintsugi_serve.commands:serve", "Serve a model over HTTP with Ray Serve."),
     "serve key": ("kintsugi_serve.commands:key", "Make a key for callers of the service."),
+    "batch": ("kintsugi_serve.batch_commands:batch", "Restore every image under a prefix, with a ledger."),
 }
 GROUPS = {
     "data": "Datasets: build and inspect.",

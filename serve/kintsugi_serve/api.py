@@ -13,6 +13,7 @@ from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from kintsugi.storage import ObjectStore, open_store, sha256
+from kintsugi_serve.batch_routes import BatchService, build_routes
 from kintsugi_serve.edge import Edge, Metrics, handle_errors
 from kintsugi_serve.jobs import Answer, Backend, Job, LoadedModel, Rejection, Serving
 from kintsugi_serve.openapi import PROBLEM_RESPONSES, RESTORE_ROUTE, S3_ROUTE
@@ -52,10 +53,12 @@ def build_api(
     *,
     open_root: Callable[[str], ObjectStore] = open_store,
     proxy_echoes_id: bool = False,
+    batches: BatchService | None = None,
 ) -> FastAPI:
     """The service over any `backend`.
 
     Args:
+        batches: who restores whole prefixes; None: nobody, and there are no routes for it.
         proxy_echoes_id: the proxy in front adds the request's own X-Request-Id to every answer, as Ray Serve's does.
     """
     metrics = Metrics()
@@ -71,6 +74,8 @@ def build_api(
     app.get("/healthz", summary="Whether this process is alive")(service.healthz)
     app.get("/readyz", summary="Whether a replica holds a model")(service.readyz)
     app.get("/metrics", summary="For Prometheus", response_class=PlainTextResponse)(service.metrics)
+    if batches is not None:
+        app.include_router(build_routes(batches, places.readable, places.writable))
     for path, name in (("/", "index.html"), ("/docs", "docs.html")):
         app.get(path, include_in_schema=False)(page_route(name))
     return app

@@ -16,6 +16,8 @@ from ray.serve.handle import DeploymentHandle
 from kintsugi.errors import KintsugiError
 from kintsugi.storage import open_store
 from kintsugi_serve.api import build_api
+from kintsugi_serve.batch_run import RunOptions
+from kintsugi_serve.batch_service import RayBatchService
 from kintsugi_serve.jobs import Answer, Job, LoadedModel, Rejection, Serving
 from kintsugi_serve.replica import Replica
 from kintsugi_serve.schemas import Args, Refusal, Settings
@@ -83,13 +85,26 @@ async def _result(response: Any, timeout_s: float) -> Any:
 class Ingress:
     """Serves HTTP and holds no model."""
 
-    def __init__(self, settings: Settings, replicas: DeploymentHandle[Replica]) -> None:
+    def __init__(
+        self, settings: Settings, replicas: DeploymentHandle[Replica], model: str, batches: RunOptions
+    ) -> None:
         self._settings = settings
         self._replicas = replicas
+        self._model = model
+        self._batches = batches
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         backend = ReplicaBackend(self._replicas, self._settings.timeout_s)
-        return build_api(self._settings, backend, proxy_echoes_id=True)
+        batches = RayBatchService(self._settings.store, self._model, self._batches, self._resolve)
+        return build_api(self._settings, backend, proxy_echoes_id=True, batches=batches)
+
+    def _resolve(self, store: str, reference: str) -> LoadedModel:
+        """A replica's work, since the registry takes torch."""
+        response: Any = self._replicas.resolve.remote(reference)
+        try:
+            return response.result(timeout_s=DESCRIBE_TIMEOUT_S)
+        except RayTaskError as error:
+            raise error.cause if isinstance(error.cause, KintsugiError) else error from error
 
 
 def build(args: Args) -> serve.Application:
@@ -123,6 +138,7 @@ def build(args: Args) -> serve.Application:
         health_check_period_s=5,
         graceful_shutdown_timeout_s=args.timeout_s,
     )(Replica)
+    batches = RunOptions(args.max_replicas, args.num_cpus, args.num_gpus, args.threads, args.max_body_bytes)
     ingress = serve.deployment(
         name="Ingress",
         num_replicas=args.ingress_replicas,
@@ -133,4 +149,4 @@ def build(args: Args) -> serve.Application:
         max_surge_percent=100,
         graceful_shutdown_timeout_s=args.timeout_s,
     )(serve.ingress()(Ingress))
-    return ingress.bind(settings, replicas.bind(settings))
+    return ingress.bind(settings, replicas.bind(settings), args.model, batches)
