@@ -37,7 +37,7 @@ Stored = TypeVar("Stored", bound=BaseModel)
 READERS = 16
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ID = re.compile(r"[0-9a-f]{16}")
-_KEPT_APART = (*RESERVED, "results", "batches")
+RESERVED = RESERVED
 
 
 class _Record(BaseModel):
@@ -192,7 +192,7 @@ def make_batch(
         raise ConfigError(f"{target} and {source} lie one within the other: give an output beside the input")
     if _within(own, source):
         raise ConfigError(f"{source} holds the store's own objects: give a prefix below it")
-    if _within(own, target) or any(_within(target, f"{own}/{name}") for name in _KEPT_APART):
+    if _within(own, target) or any(_within(target, f"{own}/{name}") for name in RESERVED):
         raise ConfigError(f"{target} holds the store's own objects: give another output")
     return Batch(
         tenant=_checked(_TENANT, tenant, "tenant"), input=source, output=target, model=model.label,

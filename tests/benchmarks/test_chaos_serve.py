@@ -14,21 +14,8 @@ Rows = Callable[..., dict[str, dict[str, Any]]]
 def test_a_service_that_is_killed_spoilt_and_starved_loses_doubles_and_alters_nothing(
     rows_of: Rows, tmp_path: Path
 ) -> None:
-    short = [
-        "--requests",
-        "300",
-        "--every",
-        "2",
-        "--rollouts",
-        "3",
-        "--away",
-        "5",
-        "--malformed",
-        "120",
-        "--replicas",
-        "2",
-    ]
-    rows = rows_of("chaos_serve.py", "chaos", tmp_path, *short)
+    few = {"requests": 300, "every": 2, "rollouts": 3, "away": 5, "malformed": 120, "replicas": 2}
+    rows = rows_of("chaos_serve.py", "chaos", tmp_path, *(f"--{name}={value}" for name, value in few.items()))
     judged = [row for row in rows.values() if row["holds"] is not None and row["unit"] != "s"]
     assert len(judged) == 12
     assert [(row["figure"], row["value"], row["note"]) for row in judged if not row["holds"]] == []
