@@ -37,7 +37,6 @@ Stored = TypeVar("Stored", bound=BaseModel)
 READERS = 16
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ID = re.compile(r"[0-9a-f]{16}")
-RESERVED = RESERVED
 
 
 class _Record(BaseModel):

@@ -155,7 +155,8 @@ def kills(here: Plant, gateway: Gateway, requests: int, every_s: float) -> list[
             thread.join()
     results = [info.key for info in store.list("results/") if not info.key.endswith(".json")]
     asked, again = tries_of(gateway)
-    note = f"{killed} kills in {spent:.0f} s; {asked} tries of the client, {again} more of the gateway; {_told(tally.lost)}"
+    tries = f"{asked} tries of the client, {again} more of the gateway"
+    note = f"{killed} kills in {spent:.0f} s; {tries}; {_told(tally.lost)}"
     lost = tally.lost.total() + sum(count for what, count in from_s3.items() if what not in ("right", "wrong"))
     return [
         measured("kills: images lost", lost, "== 0", n=tally.done + from_s3.total(), note=note),
