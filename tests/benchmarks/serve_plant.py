@@ -28,7 +28,9 @@ from kintsugi.storage import ObjectStore, open_store, store_uri_from_environment
 
 TINY = {"model.levels": 2, "model.blocks": 1, "model.base": 4, "model.skips": [True, True], "model.reduction": [2, 2],
         "model.channels": 1, "model.mask": "none"}  # fmt: skip
+# Ray puts what an actor does at the moment behind its name.
 REPLICA = "ray::ServeReplica:kintsugi:Replica"
+STARTING = ".initialize"
 
 
 @dataclass
@@ -55,9 +57,10 @@ class Plant:
         found: list[psutil.Process] = []
         for process in psutil.process_iter():
             try:
-                if process.cmdline()[:1] == [REPLICA] and process.environ().get("KINTSUGI_HOME", home) == home:
+                title = " ".join(process.cmdline())
+                if title.startswith(REPLICA) and STARTING not in title and process.environ()["KINTSUGI_HOME"] == home:
                     found.append(process)
-            except (psutil.Error, IndexError):
+            except (psutil.Error, KeyError):
                 continue
         return sorted(found, key=lambda process: process.create_time())
 
