@@ -6,6 +6,7 @@ All of it runs on this machine: the local stack (S3 server, Ray), `kintsugi serv
 """
 
 import argparse
+import itertools
 import json
 import random
 import signal
@@ -88,14 +89,14 @@ class Tally:
 
 def load(client: Client, judge: Judge, wanted: Callable[[int], bool], tally: Tally, workers: int = 8) -> None:
     """Restore image after image with `workers` at a time, as long as `wanted(number)`."""
-    numbers = iter(range(10**9))
-    taking = threading.Lock()
+    numbers = itertools.count()
+    taking, stopped = threading.Lock(), threading.Event()
 
     def work() -> None:
         while True:
             with taking:
                 number = next(numbers)
-            if not wanted(number):
+            if stopped.is_set() or not wanted(number):
                 return
             try:
                 answer: RestoredImage | ServiceError = client.restore(judge.images[number % len(judge.images)])
@@ -104,8 +105,11 @@ def load(client: Client, judge: Judge, wanted: Callable[[int], bool], tally: Tal
             tally.add(answer, isinstance(answer, RestoredImage) and judge.is_right(number, answer))
 
     with ThreadPoolExecutor(workers) as pool:
-        for each in [pool.submit(work) for _ in range(workers)]:
-            each.result()
+        try:
+            for each in [pool.submit(work) for _ in range(workers)]:
+                each.result()
+        finally:
+            stopped.set()
 
 
 def kills(here: Plant, gateway: Gateway, requests: int, every_s: float) -> list[Row]:
