@@ -104,6 +104,11 @@ def build(args: Args) -> serve.Application:
     from kintsugi.registry import Registry
 
     Registry(open_store(args.store)).resolve(args.model)
+    return bind(args)
+
+
+def bind(args: Args, replica_class: type[Replica] = Replica) -> serve.Application:
+    """Ingress and replicas with the options that `args` give them; `replica_class` may bring models of its own."""
     settings = args.settings()
     replicas = serve.deployment(
         name="Replica",
@@ -122,7 +127,7 @@ def build(args: Args) -> serve.Application:
         max_constructor_retry_count=3,
         health_check_period_s=5,
         graceful_shutdown_timeout_s=args.timeout_s,
-    )(Replica)
+    )(replica_class)
     ingress = serve.deployment(
         name="Ingress",
         num_replicas=args.ingress_replicas,
