@@ -149,7 +149,7 @@ def serving(
 
 
 def publish_model(store: LocalStore, scratch: Path, config: ExperimentConfig | None = None) -> ModelVersion:
-    """A model with random weights as unet@production, of the architecture of `configs/demo.yaml` unless told otherwise."""
+    """A model with random weights, as unet@production; by default of the architecture of `configs/demo.yaml`."""
     torch.manual_seed(0)
     config = config or load_config(ROOT / "platform/configs/demo.yaml")
     save_checkpoint(scratch / "checkpoint", build_model(config.model).eval(), config, {}, {})
