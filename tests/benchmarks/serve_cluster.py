@@ -41,6 +41,7 @@ from kintsugi_serve.schemas import Args
 
 ROOT = HERE.parents[1]
 APP = "bench"
+DIRECT_PORTS = range(30000, 31001)
 TITLES = {
     "Replica": f"ray::ServeReplica:{APP}:Replica",
     "Ingress": f"ray::ServeReplica:{APP}:Ingress",
@@ -111,6 +112,14 @@ class Service:
         found = [child for child in children if _title(child).startswith(TITLES[part])]
         return sorted(found, key=lambda process: process.create_time())
 
+    def direct(self) -> str | None:
+        """Where the ingress itself listens, past Ray's proxy; only with RAY_SERVE_ENABLE_DIRECT_INGRESS=1."""
+        for process in self.processes("Ingress"):
+            for socket in process.net_connections("tcp4"):
+                if socket.status == psutil.CONN_LISTEN and socket.laddr.port in DIRECT_PORTS:
+                    return f"127.0.0.1:{socket.laddr.port}"
+        return None
+
     def ready(self) -> bool:
         try:
             with urllib.request.urlopen(f"http://{self.address}/readyz", timeout=5) as answer:
@@ -136,7 +145,10 @@ def serving(
     port = free_ports(1)[0]
     http: dict[str, Any] = {"host": "127.0.0.1", "port": port, "request_timeout_s": args.timeout_s + 30}
     serve.start(proxy_location="HeadOnly", http_options=http | (options or {}))
-    serve.run(bind(args, replica_class), name=APP, route_prefix="/", blocking=False)
+    try:
+        serve.run(bind(args, replica_class), name=APP, route_prefix="/", blocking=False)
+    except RuntimeError as error:
+        raise SystemExit(f"{error}\n{serve.status().applications}") from error
     service = Service(f"127.0.0.1:{port}", cluster)
     wait_until(service.ready, "a replica that is ready", lambda: str(serve.status().applications))
     try:

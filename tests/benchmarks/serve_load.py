@@ -266,7 +266,9 @@ class Generator:
 
 async def _generate(load: Load) -> Iterable[Sample]:
     generator = Generator(load)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, generator.stopped.set)
+    loop = asyncio.get_running_loop()
+    # The loop's own handlers end with it, and the samples are still to be written.
+    signal.signal(signal.SIGTERM, lambda *_: loop.is_closed() or loop.call_soon_threadsafe(generator.stopped.set))
     return await generator.run()
 
 
