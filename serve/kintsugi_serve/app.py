@@ -127,6 +127,7 @@ def bind(args: Args, replica_class: type[Replica] = Replica) -> serve.Applicatio
         max_constructor_retry_count=3,
         health_check_period_s=5,
         graceful_shutdown_timeout_s=args.timeout_s,
+        logging_config={"enable_access_log": False},
     )(replica_class)
     ingress = serve.deployment(
         name="Ingress",
@@ -137,5 +138,6 @@ def bind(args: Args, replica_class: type[Replica] = Replica) -> serve.Applicatio
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         max_surge_percent=100,
         graceful_shutdown_timeout_s=args.timeout_s,
+        logging_config={"enable_access_log": False},
     )(serve.ingress()(Ingress))
     return ingress.bind(settings, replicas.bind(settings))
