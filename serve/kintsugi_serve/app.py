@@ -16,6 +16,7 @@ from ray.serve.handle import DeploymentHandle
 from kintsugi.errors import KintsugiError
 from kintsugi.storage import open_store
 from kintsugi_serve.api import build_api
+from kintsugi_serve.audit import keep_audit
 from kintsugi_serve.batch_run import RunOptions
 from kintsugi_serve.batch_service import RayBatchService
 from kintsugi_serve.jobs import Answer, Job, LoadedModel, Rejection, Serving
@@ -95,6 +96,7 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         backend = ReplicaBackend(self._replicas, self._settings.timeout_s)
+        keep_audit(self._settings.audit_folder)
         batches = RayBatchService(self._settings.store, self._model, self._batches, self._resolve)
         return build_api(self._settings, backend, proxy_echoes_id=True, batches=batches)
 
@@ -119,6 +121,11 @@ def build(args: Args) -> serve.Application:
     from kintsugi.registry import Registry
 
     Registry(open_store(args.store)).resolve(args.model)
+    return bind(args)
+
+
+def bind(args: Args, replica_class: type[Replica] = Replica) -> serve.Application:
+    """Ingress and replicas with the options that `args` give them; `replica_class` may bring models of its own."""
     settings = args.settings()
     replicas = serve.deployment(
         name="Replica",
@@ -137,7 +144,8 @@ def build(args: Args) -> serve.Application:
         max_constructor_retry_count=3,
         health_check_period_s=5,
         graceful_shutdown_timeout_s=args.timeout_s,
-    )(Replica)
+        logging_config={"enable_access_log": False},
+    )(replica_class)
     batches = RunOptions(args.max_replicas, args.num_cpus, args.num_gpus, args.threads, args.max_body_bytes)
     ingress = serve.deployment(
         name="Ingress",
@@ -148,5 +156,6 @@ def build(args: Args) -> serve.Application:
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         max_surge_percent=100,
         graceful_shutdown_timeout_s=args.timeout_s,
+        logging_config={"enable_access_log": False},
     )(serve.ingress()(Ingress))
     return ingress.bind(settings, replicas.bind(settings), args.model, batches)

@@ -52,7 +52,8 @@ def serve(
         stopped = _stop()
         _print({"stopped": stopped}, "the service is down" if stopped else "no service was running", as_json)
         return
-    args = _arguments(model, host, min_replicas, max_replicas, keys, sets or ())
+    audit_folder = str(local.home_folder() / "audit") if stack else None
+    args = _arguments(model, host, min_replicas, max_replicas, keys, audit_folder, sets or ())
     port = port or (urlsplit(stack.endpoint).port if stack else None) or DEFAULT_PORT
     _check_model(args.store, args.model)
     _check_port(host, port)
@@ -79,7 +80,13 @@ def key(
 
 
 def _arguments(
-    model: str | None, host: str, min_replicas: int, max_replicas: int, keys: Path | None, sets: Iterable[str]
+    model: str | None,
+    host: str,
+    min_replicas: int,
+    max_replicas: int,
+    keys: Path | None,
+    audit_folder: str | None,
+    sets: Iterable[str],
 ) -> Args:
     if model is None:
         raise ConfigError("--model is needed, for example --model unet@production")
@@ -93,6 +100,7 @@ def _arguments(
         "min_replicas": min_replicas,
         "max_replicas": max_replicas,
         "keys": read_keys(keys) if keys else (),
+        "audit_folder": audit_folder,
     }
     try:
         return Args.model_validate(given | dict(map(read_override, sets)))

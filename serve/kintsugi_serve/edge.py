@@ -21,15 +21,13 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kintsugi import errors
+from kintsugi_serve.audit import audit_logger
 from kintsugi_serve.callers import Caller, Callers
 from kintsugi_serve.jobs import Answer, Serving
 from kintsugi_serve.requests import budget_s
 from kintsugi_serve.schemas import PROBLEMS, Problem, Refusal, Settings
 
 logger = logging.getLogger(__name__)
-audit_logger = logging.getLogger("kintsugi.audit")
-"""One JSON line for each request: who, what came in and went out by its hash, which model, what was said of it."""
-
 GRACE_S = 5.0
 _SHARES = (0.1, 0.25, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 1.0)
 _BATCHES = (1, 2, 4, 8, 16, 32)

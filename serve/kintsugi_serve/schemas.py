@@ -71,6 +71,7 @@ class Settings(BaseModel):
         default=None, description="s3://bucket/prefix that the S3 route may read and write; default: the store"
     )
     keys: tuple[Key, ...] = Field(default=(), description="hashes of the keys that open it; none: for its machine only")
+    audit_folder: str | None = Field(default=None, description="takes a JSON line a request; none: standard output")
     max_body_bytes: int = Field(default=64 * 2**20, ge=1024)
     max_pixels: int = Field(default=MAX_PIXELS, ge=1)
     decoders: int = Field(default=2, ge=1, description="processes of a replica that decode, for nothing else")

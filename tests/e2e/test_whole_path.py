@@ -21,7 +21,7 @@ import yaml
 
 from kintsugi import imaging, local
 from kintsugi.data.synthetic import write_synthetic
-from kintsugi.storage import S3Store
+from kintsugi.storage import S3Store, sha256
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -268,6 +268,33 @@ def test_an_image_in_s3_is_restored_to_s3(endpoint: str, store: S3Store) -> None
     assert answer.status_code == 200, answer.text
     direct = httpx.post(f"{endpoint}/v1/restore", content=body, timeout=60)
     assert store.get("outputs/line-1/a.tiff") == direct.content
+
+
+def test_each_request_is_in_the_audit_trail(machine: Machine, endpoint: str) -> None:
+    body = imaging.encode(imaging.Image(np.full((32, 32), 90, np.uint8)))
+    answer = httpx.post(f"{endpoint}/v1/restore", content=body, headers={"X-Request-Id": "part-77"}, timeout=60)
+    folder = Path(machine.environment["KINTSUGI_HOME"]) / "audit"
+    lines = [json.loads(line) for file in folder.glob("*.jsonl") for line in file.read_text().splitlines()]
+    (line,) = [line for line in lines if line["request_id"] == "part-77"]
+    assert line["output_sha256"] == answer.headers["x-kintsugi-output-sha256"] == sha256(answer.content)
+
+
+def test_everything_below_a_prefix_is_restored_by_a_batch(endpoint: str, store: S3Store) -> None:
+    bodies = [imaging.encode(imaging.Image(np.full((40, 40 + i), 50 * i, np.uint8))) for i in range(3)]
+    for number, body in enumerate(bodies):
+        store.put(f"inputs/lot/{number}.png", body)
+    store.put("inputs/lot/notes.txt", b"not an image")
+    job = {"input": f"{store.uri}/inputs/lot/", "output": f"{store.uri}/outputs/lot/"}
+    begun = httpx.post(f"{endpoint}/v1/batches", json=job, timeout=120)
+    assert begun.status_code == 202, begun.text
+    deadline = time.monotonic() + 240
+    while (progress := httpx.get(f"{endpoint}/v1/batches/{begun.json()['id']}", timeout=60).json())["status"] != "done":
+        assert time.monotonic() < deadline and progress["status"] == "running", progress
+        time.sleep(0.5)
+    assert (progress["total"], progress["restored"], progress["refused"]) == (4, 3, 1)
+    for number, body in enumerate(bodies):
+        direct = httpx.post(f"{endpoint}/v1/restore", content=body, timeout=60)
+        assert store.get(f"outputs/lot/{number}.png") == direct.content
 
 
 def test_bad_input_is_told_and_restarts_nothing(endpoint: str) -> None:
