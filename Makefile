@@ -61,6 +61,10 @@ bench-train: $(STAMP) ## Measure training against torchrun and against data in m
 bench-tune: $(STAMP) ## Measure searches on a folder of real tiles, and kill some; ARGS="FOLDER --kills 3" shortens it
 	$(BIN)/python tests/benchmarks/bench_tune.py $(ARGS)
 
+.PHONY: bench-serve
+bench-serve: $(STAMP) ## Measure the service against other servers, overloaded, and autoscaling; ARGS="--only overhead" shortens it
+	$(BIN)/python tests/benchmarks/bench_serve.py $(ARGS)
+
 .PHONY: chaos-serve
 chaos-serve: $(STAMP) nginx ## Kill, spoil and starve a service under load; ARGS="--requests 500 --rollouts 3" shortens it
 	$(BIN)/python tests/benchmarks/chaos_serve.py $(ARGS)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI
+from grpc.aio import AioRpcError
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.config import BackpressureConfig
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 DESCRIBE_TIMEOUT_S = 5.0
 TRIES = 3
+MESSAGE_BYTES = 2**19
+"""Up to here a gRPC message takes half the time of Ray's object store or less; from 1 MiB on it takes longer."""
 
 
 class ReplicaBackend:
@@ -38,19 +41,24 @@ class ReplicaBackend:
 
     def __init__(self, handle: DeploymentHandle[Replica], timeout_s: float) -> None:
         self._handle = handle
+        self._by_store = handle.options(method_name="restore")
+        self._by_message = handle.options(method_name="restore", _by_reference=False)
         self._timeout_s = timeout_s
 
     async def restore(self, job: Job) -> Answer | Rejection:
-        handle = self._handle if job.model is None else self._handle.options(multiplexed_model_id=job.model)
         ends = time.monotonic() + job.budget_s
+        handle = self._by_message if len(job.image) + len(job.mask or b"") <= MESSAGE_BYTES else self._by_store
         for left_over in reversed(range(TRIES)):
             budget = max(ends - time.monotonic(), 0.001)
+            asked = handle if job.model is None else handle.options(multiplexed_model_id=job.model)
             try:
-                return await _result(handle.restore.remote(replace(job, budget_s=budget)), budget)
+                return await _result(asked.remote(replace(job, budget_s=budget)), budget)
             except Refusal as refusal:
                 if refusal.code != "unavailable" or not left_over:
                     raise
                 logger.warning("a replica went away while it worked: another one tries")
+                # The answer may be what did not fit into a message (4 MiB, unless Ray's variables say otherwise).
+                handle = self._by_store
         raise AssertionError("unreachable")
 
     async def describe(self) -> Serving:
@@ -79,7 +87,7 @@ async def _result(response: Any, timeout_s: float) -> Any:
         raise
     except BackPressureError as error:
         raise Refusal("overloaded", f"{error.args[0]} requests wait already: try again later") from error
-    except (RayActorError, RayServeException) as error:
+    except (RayActorError, RayServeException, AioRpcError) as error:
         raise Refusal("unavailable", "the replica went away while it worked: try again") from error
 
 

@@ -78,14 +78,31 @@ def decoder_of(settings: Settings) -> Decoder:
     return Decoder(settings.decoders, timeout_s=settings.decode_timeout_s, ledger=cache_folder() / "refused-images")
 
 
-def ray_batching(settings: Settings) -> Batching:
-    """Ray Serve's dynamic batching, by pixels; works in a replica only.
+def batching_of(settings: Settings) -> Batching:
+    """Batches by pixels on an accelerator; on a CPU a batch would take as long as its images one after another."""
+    return in_turn if settings.device == "cpu" else ray_batching(settings)
 
-    On a CPU images pass one by one: together they would take as long, and the first would wait for the last.
-    """
+
+def in_turn(infer: Infer) -> Callable[[Decoded], Awaitable[Inferred]]:
+    """One image after another, in the order in which they came."""
+    lock = asyncio.Lock()
+
+    async def alone(item: Decoded) -> Inferred:
+        async with lock:
+            return (await infer([item]))[0]
+
+    async def run(item: Decoded) -> Inferred:
+        # Where the caller goes away while the model works, the next image still waits for its end.
+        return await asyncio.shield(asyncio.create_task(alone(item)))
+
+    return run
+
+
+def ray_batching(settings: Settings) -> Batching:
+    """Ray Serve's dynamic batching, by pixels; works in a replica only."""
     from ray import serve
 
-    limit = settings.max_batch_pixels if settings.device != "cpu" else 1
+    limit = settings.max_batch_pixels
     batching: Any = serve.batch(
         max_batch_size=limit,
         batch_wait_timeout_s=settings.batch_wait_s,
@@ -115,7 +132,7 @@ class Replica:
         self._service = InService(source)
         self._others = Others(source, shelving or ray_shelving(settings))
         self._decoder = decoder or decoder_of(settings)
-        self._infer_one = (batching or ray_batching(settings))(self.infer)
+        self._infer_one = (batching or batching_of(settings))(self.infer)
         self._following: asyncio.Task[None] | None = None
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from rows import Row, measured, output_of, print_table, write_rows
 from serve_autoscale import autoscaling
 from serve_cluster import HERE, Service, publish_model, raised, ray_serve, serving, write_images
 from serve_identity import IdentityReplica
-from serve_load import Load, Sample, Summary, percentile, run_load
+from serve_load import Load, Sample, Summary, background_load, percentile, run_load
 from serve_peers import Peer, PeerFailed, install, peer
 
 from kintsugi.storage import LocalStore
@@ -129,6 +130,7 @@ def arguments_for(folder: Path, replicas: int, **more: Any) -> Args:
 def targets_of(service: Service, files: tuple[str, ...], options: argparse.Namespace, connections: int) -> list[Target]:
     """Through Ray's proxy, and straight at the ingress."""
     parts = {part: service.processes(part) for part in ("Proxy", "Ingress", "Replica")}
+    parts["decoders"] = [child for replica in parts["Replica"] for child in replica.children(recursive=True)]
     ways = {"through Ray's proxy": service.address, "at the ingress": service.direct()}
     return [
         Target(way, Load(address, files, connections, options.seconds), parts)
@@ -276,9 +278,11 @@ def overload(options: argparse.Namespace) -> list[Row]:
             calm = Summary.of(run_load(calm_load))
             peak = Summary.of(run_load(Load(service.address, files, 8, 2 * options.seconds)))
             seconds = options.overload_seconds
-            storm = run_load(Load(service.address, files, 10_000, seconds, rate=5 * peak.per_second))
+            with background_load(Load(service.address, files, 10_000, seconds, rate=5 * peak.per_second)) as load:
+                time.sleep(seconds)  # the load's own length
+                probes = run_load(Load(service.address, files, 1, 15))
+                storm = load.samples()
             ended = max(sample.at for sample in storm)
-            probes = run_load(Load(service.address, files, 1, 12))
     return overload_rows(calm, peak, storm, recovery_s(probes, calm.p50, ended), seconds)
 
 

@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import yaml
+from grpc import StatusCode
+from grpc.aio import AioRpcError, Metadata
 from ray import serve
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
@@ -12,7 +14,7 @@ from ray.serve.schema import ServeDeploySchema
 from kintsugi.errors import ModelNotFound
 from kintsugi.registry import Registry
 from kintsugi.storage import LocalStore
-from kintsugi_serve.app import ReplicaBackend, build
+from kintsugi_serve.app import MESSAGE_BYTES, ReplicaBackend, build
 from kintsugi_serve.jobs import Job, LoadedModel, Serving
 from kintsugi_serve.schemas import Args, Refusal
 
@@ -44,6 +46,9 @@ class FakeHandle:
     def __init__(self, result: Any) -> None:
         self.response = FakeResponse(result)
         self.restore = self.describe = self
+
+    def options(self, **_: Any) -> "FakeHandle":
+        return self
 
     def remote(self, *_: Any) -> FakeResponse:
         return self.response
@@ -103,7 +108,8 @@ def test_work_whose_replica_died_is_done_by_another_one() -> None:
     tried: list[Job] = []
 
     class Dying:
-        restore = property(lambda self: self)
+        def options(self, **_: Any) -> "Dying":
+            return self
 
         def remote(self, job: Job) -> FakeResponse:
             tried.append(job)
@@ -113,6 +119,32 @@ def test_work_whose_replica_died_is_done_by_another_one() -> None:
     assert asyncio.run(ReplicaBackend(handle, 1).restore(Job(b"x"))) is answers[-1]
     assert len(tried) == 3
     assert tried[2].budget_s <= tried[0].budget_s <= Job(b"x").budget_s
+
+
+@pytest.mark.parametrize(
+    ("size", "died", "ways"), [(MESSAGE_BYTES, 0, [False]), (MESSAGE_BYTES + 1, 0, [True]), (9, 1, [False, True])]
+)
+def test_a_small_image_travels_in_a_message_and_after_a_failure_by_the_store(
+    size: int, died: int, ways: list[bool]
+) -> None:
+    lost = AioRpcError(StatusCode.RESOURCE_EXHAUSTED, Metadata(), Metadata())
+    answers = [*[lost] * died, Serving(LoadedModel("unet", 1, "d"))]
+    seen: list[bool] = []
+
+    class Way:
+        def __init__(self, by_reference: bool) -> None:
+            self._by_reference = by_reference
+
+        def options(self, *, method_name: str, _by_reference: bool = True) -> "Way":
+            return Way(_by_reference)
+
+        def remote(self, job: Job) -> FakeResponse:
+            seen.append(self._by_reference)
+            return FakeResponse(answers[len(seen) - 1])
+
+    handle: Any = Way(True)
+    assert asyncio.run(ReplicaBackend(handle, 1).restore(Job(b"x" * size))) is answers[-1]
+    assert seen == ways
 
 
 def test_the_bounds_reach_ray(store: LocalStore, tmp_path: Path, publish: Any) -> None:

@@ -16,7 +16,7 @@ from kintsugi.restore.restorer import Restorer
 from kintsugi.storage import LocalStore, sha256
 from kintsugi_serve.codec import Decoder
 from kintsugi_serve.jobs import Answer, Job, LoadedModel, Rejection
-from kintsugi_serve.replica import Replica, ray_batching
+from kintsugi_serve.replica import Replica, batching_of
 from kintsugi_serve.schemas import Settings
 from kintsugi_serve.serving import Loaded
 
@@ -272,17 +272,38 @@ def test_the_defect_map_is_answered_where_the_model_predicts_one(
     assert answer.report["defect_map"]["max"] == pytest.approx(shown.pixels.max() / 255, abs=1 / 255)
 
 
-def test_batches_are_filled_by_pixels_on_a_gpu_and_images_pass_alone_on_a_cpu(settings: Settings) -> None:
-    def limit_of(device: str) -> Any:
-        chosen = settings.model_copy(update={"device": device, "max_batch_pixels": 1000})
+def test_batches_are_filled_by_pixels_on_a_gpu(settings: Settings) -> None:
+    async def infer(batch: list[Any]) -> list[Any]:
+        return batch
 
-        async def infer(batch: list[Any]) -> list[Any]:
-            return batch
+    batched: Any = batching_of(settings.model_copy(update={"device": "cuda", "max_batch_pixels": 1000}))(infer)
+    assert batched._get_max_batch_size() == 1000
 
-        return ray_batching(chosen)(infer)
 
-    assert limit_of("cuda")._get_max_batch_size() == 1000
-    assert limit_of("cpu")._get_max_batch_size() == 1
+def test_images_pass_a_cpu_one_by_one_also_when_a_caller_goes_away_meanwhile(settings: Settings) -> None:
+    begun: list[Any] = []
+    ended: list[Any] = []
+
+    async def infer(batch: list[Any]) -> list[Any]:
+        assert begun == ended, "another image is with the model"
+        begun.extend(batch)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        ended.extend(batch)
+        return batch
+
+    async def scenario() -> list[Any]:
+        run: Any = batching_of(settings)(infer)
+        tasks = [asyncio.create_task(run(name)) for name in "abc"]
+        while not begun:
+            await asyncio.sleep(0)
+        tasks[0].cancel()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    first, *others = asyncio.run(scenario())
+    assert isinstance(first, asyncio.CancelledError)
+    assert others == ["b", "c"]
+    assert ended == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("config", [{}, {"model": None}, {"model": 3}])
