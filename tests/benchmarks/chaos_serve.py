@@ -29,7 +29,7 @@ from serve_plant import Plant, plant, publish
 from kintsugi import imaging
 from kintsugi.registry import ModelVersion, Registry
 from kintsugi.restore.restorer import Restorer
-from kintsugi_serve.client import Client, RestoredImage, ServiceError
+from kintsugi_serve.client import Client, RestoredImage, RetryBudget, ServiceError
 
 PARTS = ("kills", "rollouts", "store", "malformed")
 
@@ -123,7 +123,8 @@ def kills(here: Plant, gateway: Gateway, requests: int, every_s: float) -> list[
         store.put(key, image)
     ended, tally, killed = threading.Event(), Tally(), 0
     from_s3: Counter[str] = Counter()
-    with Client(gateway.address, retries=60, max_wait_s=2, timeout=60) as client:
+    patience = RetryBudget(reserve=1000)
+    with Client(gateway.address, retries=60, max_wait_s=2, timeout=60, budget=patience) as client:
 
         def s3_work() -> None:
             number = 0
