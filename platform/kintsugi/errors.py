@@ -43,7 +43,7 @@ class ImageError(DataError):
     """Bytes that are not an image kintsugi restores.
 
     `code` is one of `undecodable`, `unsupported_format`, `unsupported_mode`, `too_large`,
-    `over_white_level`, `mismatch`, `mask_required`.
+    `over_white_level`, `mismatch`, `mask_required`, `poison`.
     """
 
     def __init__(self, code: str, message: str) -> None:

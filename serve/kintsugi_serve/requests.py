@@ -57,7 +57,8 @@ async def read_job(request: Request, job: Job) -> Job:
         Refusal: `bad_request` for a body that lacks the image, `unsupported_format` for another content type,
             `digest_mismatch` for a body that is not what its Content-Digest says.
     """
-    await asyncio.to_thread(_check_digest, request.headers, await request.body())
+    if "content-digest" in request.headers:
+        await asyncio.to_thread(_check_digest, request.headers, await request.body())
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "multipart/form-data":
         if kind not in _RAW_TYPES and not kind.startswith("image/"):
