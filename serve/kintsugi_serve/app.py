@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 DESCRIBE_TIMEOUT_S = 5.0
 TRIES = 3
 MESSAGE_BYTES = 2**19
-"""Up to here a gRPC message takes half the time of Ray's object store or less; from 1 MiB on it takes longer."""
+"""Up to here a job travels in a gRPC message; larger ones go by Ray's object store, and messages end at 4 MiB."""
 
 
 class ReplicaBackend:
