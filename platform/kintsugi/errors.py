@@ -12,6 +12,7 @@ KintsugiError
 │   ├── PreconditionFailed someone else wrote first (If-None-Match, If-Match)
 │   └── StoreUnavailable   no answer; trying again may help
 ├── ModelNotFound          no such model, version or alias
+├── Abandoned              nobody waits any more for what was being done
 ├── GateRefused            a model is worse than the one in production
 ├── TrainingError          a training run or a search did not finish
 │   └── RunInterrupted     what it ran on failed; begun again, it goes on
@@ -76,6 +77,10 @@ class StoreUnavailable(StoreError):
 
 class ModelNotFound(KintsugiError):
     """No such model, version or alias."""
+
+
+class Abandoned(KintsugiError):
+    """Work was given up because nobody waits for it any more."""
 
 
 class GateRefused(KintsugiError):

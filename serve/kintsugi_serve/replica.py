@@ -14,7 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kintsugi import imaging
-from kintsugi.errors import ConfigError, ImageError, IntegrityError, KintsugiError, ModelNotFound, StoreUnavailable
+from kintsugi.errors import (
+    Abandoned,
+    ConfigError,
+    ImageError,
+    IntegrityError,
+    KintsugiError,
+    ModelNotFound,
+    StoreUnavailable,
+)
 from kintsugi.storage import cache_folder
 from kintsugi_serve.codec import Decoder
 from kintsugi_serve.jobs import Answer, Job, LoadedModel, Rejection, Serving
@@ -192,7 +200,7 @@ class Replica:
         return await asyncio.to_thread(_answer, job, decoded, inferred.result, inferred)
 
     async def infer(self, batch: list[Decoded]) -> list[Inferred]:
-        """Run the models; what nobody waits for any more is dropped."""
+        """Run the models; what nobody waits for any more is dropped, also halfway through a large image."""
         begun = time.perf_counter()
         results: dict[int, Restoration | KintsugiError] = {}
         for loaded in {id(item.loaded): item.loaded for item in batch if item.waiting}.values():
@@ -200,7 +208,7 @@ class Replica:
             found = await asyncio.to_thread(_restore_batch, loaded, [batch[i] for i in members])
             results |= zip(members, found, strict=True)
         spent = _ms_since(begun)
-        gone = KintsugiError("nobody waits for this image any more")
+        gone = Abandoned("nobody waits for this image any more")
         return [
             Inferred(results.get(i, gone), 1000 * (begun - item.since), spent, len(results))
             for i, item in enumerate(batch)
@@ -209,8 +217,11 @@ class Replica:
 
 def _restore_batch(loaded: Loaded, batch: list[Decoded]) -> "list[Restoration | KintsugiError]":
     """As the model, but an image that makes it fail does not take its neighbours along."""
+    images, masks = [item.image for item in batch], [item.mask for item in batch]
     try:
-        return list(loaded.model.restore_batch([item.image for item in batch], [item.mask for item in batch]))
+        return list(loaded.model.restore_batch(images, masks, stop=lambda: not any(item.waiting for item in batch)))
+    except Abandoned as gone:
+        return [gone] * len(batch)
     except Exception as error:
         if len(batch) > 1:
             return [result for item in batch for result in _restore_batch(loaded, [item])]

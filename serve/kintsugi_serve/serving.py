@@ -29,7 +29,7 @@ class Model(Protocol):
     """What a replica needs of `kintsugi.restore.restorer.Restorer`."""
 
     def restore_batch(
-        self, images: Sequence[imaging.Image], masks: Sequence[NDArray[np.bool_] | None]
+        self, images: Sequence[imaging.Image], masks: Sequence[NDArray[np.bool_] | None], *, stop: Callable[[], bool]
     ) -> "Sequence[Restoration | KintsugiError]": ...
 
 

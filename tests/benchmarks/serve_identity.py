@@ -16,7 +16,7 @@ VERSION = ModelVersion(name="identity", number=1, digest="0" * 64, created="", d
 
 
 class Identity:
-    def restore_batch(self, images: Sequence[imaging.Image], masks: Sequence[Any]) -> list[Restoration]:
+    def restore_batch(self, images: Sequence[imaging.Image], masks: Sequence[Any], *, stop: Any) -> list[Restoration]:
         return [Restoration(image, untouched("identity")) for image in images]
 
 

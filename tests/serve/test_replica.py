@@ -2,6 +2,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -10,13 +11,13 @@ import numpy as np
 import pytest
 
 from kintsugi import imaging
-from kintsugi.errors import ConfigError, ModelNotFound
+from kintsugi.errors import Abandoned, ConfigError, ModelNotFound
 from kintsugi.registry import Registry
 from kintsugi.restore.restorer import Restorer
 from kintsugi.storage import LocalStore, sha256
 from kintsugi_serve.codec import Decoder
 from kintsugi_serve.jobs import Answer, Job, LoadedModel, Rejection
-from kintsugi_serve.replica import Replica, batching_of
+from kintsugi_serve.replica import Replica, batching_of, in_turn
 from kintsugi_serve.schemas import Settings
 from kintsugi_serve.serving import Loaded
 
@@ -40,7 +41,7 @@ class Doubtful:
         self.crop = crop
         self.batches: list[int] = []
 
-    def restore_batch(self, images: Sequence[imaging.Image], masks: Sequence[Any]) -> list[Any]:
+    def restore_batch(self, images: Sequence[imaging.Image], masks: Sequence[Any], *, stop: Any) -> list[Any]:
         self.batches.append(len(images))
         if any(int(image.pixels.max()) >= self.limit for image in images):
             raise RuntimeError("out of memory")
@@ -239,6 +240,45 @@ def test_work_for_a_client_that_is_gone_does_not_reach_the_model(
 
     assert isinstance(asyncio.run(ask()), Answer)
     assert model.batches == [1]
+
+
+class Slow(Doubtful):
+    """Works on each image until it is told to stop, or that it is done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.done = threading.Event(), threading.Event()
+        self.given_up = 0
+
+    def restore_batch(self, images: Sequence[imaging.Image], masks: Sequence[Any], *, stop: Any) -> list[Any]:
+        self.begun.set()
+        while not self.done.wait(0.01):
+            if stop():
+                self.given_up += 1
+                raise Abandoned("nobody waits")
+        return super().restore_batch(images, masks, stop=stop)
+
+
+def test_the_model_ends_halfway_when_its_client_goes_away_and_the_next_image_is_answered(
+    settings: Settings, picture: Any
+) -> None:
+    model = Slow()
+
+    async def ask() -> Any:
+        replica = _of_model(settings, model, in_turn)
+        await replica.reconfigure({"model": "unet@1"})
+        gone = asyncio.create_task(replica.restore(Job(picture())))
+        await asyncio.to_thread(model.begun.wait)
+        next_one = asyncio.create_task(replica.restore(Job(picture((32, 33)))))
+        gone.cancel()
+        await asyncio.wait([gone])
+        while not model.given_up:
+            await asyncio.sleep(0)
+        model.done.set()
+        return await next_one
+
+    assert isinstance(asyncio.run(ask()), Answer)
+    assert (model.given_up, model.batches) == (1, [1])
 
 
 def test_the_facts_are_written_into_the_file_on_request_and_do_not_change_from_time_to_time(

@@ -7,6 +7,7 @@ from functools import cached_property, reduce
 import torch
 from torch import Tensor
 
+from kintsugi.errors import Abandoned
 from kintsugi.models import Prediction, RestorationUNet
 from kintsugi.restore.pooling import Statistics, fixed, measure, watch
 from kintsugi.restore.tiling import POSES, Ensemble, Pose, context, cores, inside, windows
@@ -15,6 +16,8 @@ from kintsugi.sections import ModelConfig
 Rows = tuple[Tensor, Tensor | None]
 """(N, C, rows, W) in [0, 1] and, where it is known, the defect mask (N, 1, rows, W)."""
 Read = Callable[[slice], Rows]
+Stop = Callable[[], bool]
+"""Whether the work can be given up; asked before each tile."""
 _Posed = tuple[Pose, Statistics]
 
 
@@ -37,6 +40,7 @@ class TiledModel:
     halo: int | None
     ensemble: Ensemble
     window: int
+    stop: Stop = lambda: False
 
     def bands(self, read: Read, size: tuple[int, int]) -> Iterator[tuple[slice, Prediction]]:
         """Rows of the answer, from top to bottom: `defect` as probabilities, everything on the CPU.
@@ -44,6 +48,9 @@ class TiledModel:
         Args:
             read: gives any rows of the batch.
             size: (height, width) of the batch.
+
+        Raises:
+            Abandoned: `stop` said so.
         """
         poses = [(pose, self._pooled(read, size, pose)) for pose in POSES[self.ensemble]]
         for rows in cores(size[0], self.tile, self._grid[0]):
@@ -92,6 +99,8 @@ class TiledModel:
 
     @torch.inference_mode()
     def _predict(self, given: Rows, view: tuple[slice, slice], pose: Pose) -> Prediction:
+        if self.stop():
+            raise Abandoned("nobody waits for this image any more")
         layout = torch.channels_last if self.device.type == "cpu" else torch.contiguous_format
         image, mask = (
             None if part is None else pose.apply(part[(..., *view)]).to(self.device).contiguous(memory_format=layout)

@@ -20,7 +20,7 @@ from kintsugi.checkpoint import load_checkpoint, load_model
 from kintsugi.errors import ConfigError, ImageError, KintsugiError, ModelNotFound
 from kintsugi.imaging import Image, check_pixels
 from kintsugi.models import Prediction, RestorationUNet
-from kintsugi.restore.inference import Rows, TiledModel
+from kintsugi.restore.inference import Rows, Stop, TiledModel
 from kintsugi.restore.sources import Mask, MaskSource, RowSource, WholeMask
 from kintsugi.restore.tiling import POSES, Ensemble, cores, windows
 from kintsugi.trust.judge import abstain_reason
@@ -134,8 +134,14 @@ class Restorer:
             raise answer
         return answer
 
-    def restore_batch(self, images: Sequence[Image], masks: Sequence[Mask | None]) -> list[Restoration | KintsugiError]:
-        """Restore several images; what is wrong with one is its answer and does not touch the others."""
+    def restore_batch(
+        self, images: Sequence[Image], masks: Sequence[Mask | None], *, stop: Stop = lambda: False
+    ) -> list[Restoration | KintsugiError]:
+        """Restore several images; what is wrong with one is its answer and does not touch the others.
+
+        Raises:
+            Abandoned: `stop` said that nobody waits for them any more.
+        """
         answers: dict[int, Restoration | KintsugiError] = {}
         groups: dict[tuple[object, ...], list[int]] = {}
         for index, (image, mask) in enumerate(zip(images, masks, strict=True)):
@@ -148,7 +154,7 @@ class Restorer:
         for members in groups.values():
             canvases = [_Canvas(images[i], Audit(images[i].size, self.calibration.limits)) for i in members]
             shown = [_whole(masks[i]) for i in members]
-            for parts in self._bands([images[i] for i in members], shown):
+            for parts in self._bands([images[i] for i in members], shown, stop):
                 for canvas, part in zip(canvases, parts, strict=True):
                     canvas.paint(part)
             answers |= {i: canvas.answer() for i, canvas in zip(members, canvases, strict=True)}
@@ -162,6 +168,7 @@ class Restorer:
         *,
         progress: Callable[[int, int], None] | None = None,
         maps: Callable[[Band], None] | None = None,
+        stop: Stop = lambda: False,
     ) -> Report:
         """Restore an image band by band, with memory that does not grow with its height.
 
@@ -174,6 +181,7 @@ class Restorer:
 
         Raises:
             ImageError, KintsugiError: as `restore`, perhaps only after some bands.
+            Abandoned: `stop` said that nobody waits for it any more.
         """
         problem = self._problem(source, mask)
         if problem is not None:
@@ -182,7 +190,7 @@ class Restorer:
         audit = Audit(source.size, self.calibration.limits)
 
         def restored() -> Iterator[Image]:
-            for band in self._strips(source, mask) if reason is None else self._copied(source):
+            for band in self._strips(source, mask, stop) if reason is None else self._copied(source):
                 audit.add(band.source, band.image, band.error_bound)
                 if maps is not None:
                     maps(band)
@@ -195,8 +203,8 @@ class Restorer:
         write(restored())
         return untouched(reason) if reason else audit.report()
 
-    def _strips(self, source: RowSource, mask: MaskSource | None) -> Iterator[Band]:
-        return map(_only, self._bands([source], [mask]))
+    def _strips(self, source: RowSource, mask: MaskSource | None, stop: Stop) -> Iterator[Band]:
+        return map(_only, self._bands([source], [mask], stop))
 
     def _copied(self, source: RowSource) -> Iterator[Band]:
         for rows in cores(source.size[0], self.settings.tile, 1):
@@ -254,11 +262,13 @@ class Restorer:
         return reasons[0]
 
     def _bands(
-        self, sources: Sequence[RowSource], masks: Sequence[MaskSource | None]
+        self, sources: Sequence[RowSource], masks: Sequence[MaskSource | None], stop: Stop
     ) -> Iterator[list[Band | KintsugiError]]:
         """Restored bands of images of one size and mode, or what is wrong with them."""
         settings = self.settings
-        tiled = TiledModel(self.model, self.device, settings.tile, settings.halo, settings.ensemble, settings.window)
+        tiled = TiledModel(
+            self.model, self.device, settings.tile, settings.halo, settings.ensemble, settings.window, stop
+        )
 
         def read(rows: slice) -> Rows:
             planes = [self._to_planes(source.rows(rows.start, rows.stop)) for source in sources]

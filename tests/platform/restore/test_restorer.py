@@ -8,7 +8,7 @@ import torch
 
 from kintsugi.checkpoint import save_checkpoint
 from kintsugi.config import ExperimentConfig, with_values
-from kintsugi.errors import ConfigError, ImageError, IntegrityError, KintsugiError
+from kintsugi.errors import Abandoned, ConfigError, ImageError, IntegrityError, KintsugiError
 from kintsugi.imaging import Image, decode, encode
 from kintsugi.models import build_model
 from kintsugi.restore.restorer import Restoration, Restorer, RestoreSettings
@@ -326,3 +326,20 @@ def test_a_gpu_answers_as_a_cpu_does() -> None:
     settings = RestoreSettings(abstain=False)
     here, there = (Restorer.from_checkpoint(device=name, settings=settings).restore(image) for name in ("cpu", "cuda"))
     assert np.abs(here.image.pixels.astype(int) - there.image.pixels).max() <= 1e-4 * 65535
+
+
+def test_work_that_nobody_waits_for_ends_before_its_next_tile(tiny_config: ExperimentConfig) -> None:
+    image = picture(np.uint8, (400, 40))
+    worker = restorer(tiny_config, RestoreSettings(tile=32))
+    runs = [0]
+
+    def count(*_: object) -> None:
+        runs[0] += 1
+
+    worker.model.register_forward_hook(count)
+    with pytest.raises(Abandoned):
+        worker.restore_batch([image], [None], stop=lambda: runs[0] == 3)
+    assert runs == [3]
+    with pytest.raises(Abandoned):
+        worker.restore_strips(image, list, stop=lambda: runs[0] == 5)
+    assert runs == [5]
