@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,7 +21,7 @@ from kintsugi.errors import (
     StoreError,
     StoreUnavailable,
 )
-from kintsugi.storage import LONG, ObjectStore, Patience, checked_key, open_store, sha256
+from kintsugi.storage import LONG, ObjectStore, Patience, checked_key, create, open_store, sha256
 from kintsugi_serve.batch import (
     Batch,
     Counts,
@@ -30,7 +30,7 @@ from kintsugi_serve.batch import (
     Line,
     Plan,
 )
-from kintsugi_serve.batch_records import Records, create
+from kintsugi_serve.batch_records import Records
 
 if TYPE_CHECKING:
     from kintsugi.restore.restorer import Restoration
@@ -154,7 +154,7 @@ def restore_image(bench: Bench, item: Input) -> Line:
         logger.exception("batch %s failed on %s", bench.batch.id, item.key)
         facts |= _ended("failed", "internal", error)
     ms = round(1000 * (time.perf_counter() - started), 1)
-    return Line(key=item.key, size=item.size, digest=bench.batch.digest, ms=ms, **facts)
+    return Line(key=item.key, size=item.size, stamp=item.stamp, digest=bench.batch.digest, ms=ms, **facts)
 
 
 def _restored(bench: Bench, item: Input, facts: dict[str, Any]) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def _restored(bench: Bench, item: Input, facts: dict[str, Any]) -> dict[str, Any
     facts["input_sha256"] = sha256(data)
     answer = bench.model.restore(imaging.decode(data, white_level=bench.batch.white_level))
     result, report = imaging.encode(answer.image), answer.report
-    is_new = create(bench.target, item.key, result, _PATIENCE)
+    is_new = create(bench.target, item.key, result, lambda: False, seconds=_PATIENCE.seconds) is None
     if not is_new and bench.target.get(item.key) != result:
         where = f"{bench.batch.output}/{item.key}"
         return _ended(
@@ -188,7 +188,7 @@ def _restored(bench: Bench, item: Input, facts: dict[str, Any]) -> dict[str, Any
 def _poison(bench: Bench, item: Input) -> Line:
     detail = "the process that restored this image ended each time: it may need more memory than there is"
     facts = _ended("refused", "poison", KintsugiError(detail))
-    return Line(key=item.key, size=item.size, digest=bench.batch.digest, **facts)
+    return Line(key=item.key, size=item.size, stamp=item.stamp, digest=bench.batch.digest, **facts)
 
 
 def _ended(status: str, code: str, error: Exception) -> dict[str, Any]:
@@ -261,7 +261,7 @@ def _run(
     import ray.data
 
     ray.data.DataContext.get_current().enable_progress_bars = False
-    rows = [{"items": json.dumps([(item.number, item.key, item.size) for item in block])} for block in blocks]
+    rows = [{"items": json.dumps([astuple(item) for item in block])} for block in blocks]
     # A row is a block of the plan, and each goes its own way: what is done again after a failure is one of them.
     done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         RestoreBlocks,

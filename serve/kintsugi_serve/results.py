@@ -7,18 +7,15 @@ died between the two leaves nothing that a later one could take for a result.
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from kintsugi.errors import IntegrityError, ObjectNotFound, PreconditionFailed, StoreError, StoreUnavailable
-from kintsugi.retry import persist
-from kintsugi.storage import ObjectStore, sha256
+from kintsugi.errors import IntegrityError, ObjectNotFound, StoreError
+from kintsugi.storage import ObjectStore, create, sha256
 from kintsugi_serve.keys import TENANT
-
-T = TypeVar("T")
 
 AREA = "results"
 _KEY = re.compile(rf"{AREA}/{TENANT}(/[0-9a-f]{{64}}){{3}}")
@@ -122,23 +119,6 @@ def result_key(tenant: str, input_sha256: str, model_digest: str, params: Mappin
 def digest_of(document: Mapping[str, Any]) -> str:
     """SHA-256 of a JSON document in its one canonical form: names sorted, no spaces, ASCII."""
     return sha256(_canonical(document))
-
-
-def create(store: ObjectStore, key: str, data: bytes, look: Callable[[], T], *, seconds: float = CREATE_S) -> T | None:
-    """None where `data` is the object now; else what `look` says of the one that was there first.
-
-    Tried for `seconds`. After a lost answer the object that is found may be the one that was sent.
-    """
-
-    def once() -> T | None:
-        try:
-            store.put(key, data, if_none_match=True)
-        except PreconditionFailed:
-            return look()
-        return None
-
-    # S3 also refuses one of two that write at the same time (409), and the other may not be done yet, or fail.
-    return persist(lambda: persist(once, ObjectNotFound, seconds=seconds, first=0.1), StoreUnavailable, seconds=seconds)
 
 
 def _encoded(image: bytes, facts: Mapping[str, Any]) -> bytes:
