@@ -78,15 +78,15 @@ def make_role(iam: Any, cluster: Cluster, account: str, kind: str) -> str:
     """The role and the instance profile of the same name, with these policies and no other of their own."""
     name = f"{cluster.name}-{kind}"
     trust = json.dumps(document("trust", cluster, account))
-    unless("EntityAlreadyExists", lambda: iam.create_role(RoleName=name, AssumeRolePolicyDocument=trust))
+    unless(("EntityAlreadyExists",), lambda: iam.create_role(RoleName=name, AssumeRolePolicyDocument=trust))
     iam.update_assume_role_policy(RoleName=name, PolicyDocument=trust)
     for policy in POLICIES[kind]:
         text = json.dumps(document(policy, cluster, account))
         iam.put_role_policy(RoleName=name, PolicyName=policy, PolicyDocument=text)
     for policy in set(iam.list_role_policies(RoleName=name)["PolicyNames"]) - set(POLICIES[kind]):
         iam.delete_role_policy(RoleName=name, PolicyName=policy)
-    unless("EntityAlreadyExists", lambda: iam.create_instance_profile(InstanceProfileName=name))
-    unless("LimitExceeded", lambda: iam.add_role_to_instance_profile(InstanceProfileName=name, RoleName=name))
+    unless(("EntityAlreadyExists",), lambda: iam.create_instance_profile(InstanceProfileName=name))
+    unless(("LimitExceeded",), lambda: iam.add_role_to_instance_profile(InstanceProfileName=name, RoleName=name))
     return name
 
 
@@ -105,7 +105,7 @@ def make_group(ec2: Any, cluster: Cluster, vpc: str, sources: list[str]) -> str:
     outside = [rule for one in found for rule in one["IpPermissions"] if not rule.get("UserIdGroupPairs")]
     # A running cluster keeps its own traffic meanwhile.
     unless(
-        "InvalidPermission.Duplicate",
+        ("InvalidPermission.Duplicate",),
         lambda: ec2.authorize_security_group_ingress(GroupId=group, IpPermissions=inside),
     )
     if outside:
@@ -136,11 +136,11 @@ def find_vpc(ec2: Any, vpc: str | None) -> str:
     return vpc or usable.pop()
 
 
-def unless(code: str, call: Callable[[], object]) -> None:
+def unless(codes: tuple[str, ...], call: Callable[[], object]) -> None:
     try:
         call()
     except ClientError as error:
-        if error.response.get("Error", {}).get("Code") != code:
+        if error.response.get("Error", {}).get("Code") not in codes:
             raise
 
 
@@ -151,7 +151,8 @@ def create(cluster: Cluster, sources: list[str], vpc: str | None) -> list[str]:
     iam, ec2 = session.client("iam"), session.client("ec2")
     place = find_vpc(ec2, vpc)
     # The head asks for spot machines, and may not make the role that Amazon's own service takes for that.
-    unless("InvalidInput", lambda: iam.create_service_linked_role(AWSServiceName="spot.amazonaws.com"))
+    taken = ("InvalidInput", "EntityAlreadyExists")
+    unless(taken, lambda: iam.create_service_linked_role(AWSServiceName="spot.amazonaws.com"))
     roles = [f"role and instance profile {make_role(iam, cluster, account, kind)}" for kind in POLICIES]
     return [*roles, f"security group {cluster.group} ({make_group(ec2, cluster, place, sources)}) in {place}"]
 
