@@ -4,7 +4,8 @@
 
 The text that runs is the Dockerfile's own. For its base stands a Debian with the same Python, made by debootstrap from
 the archive that apt uses here; each RUN is a chroot in namespaces of its own, each COPY a copy. Then
-infra/docker/check-image runs as the image's user, on a read-only root without a network.
+infra/docker/check-image runs as the image's user, on a read-only root without a network. Last, infra/aws/install-node
+installs the same on a bare Debian, as ray_cluster.yaml has it do on a node.
 """
 
 import glob
@@ -237,6 +238,20 @@ def command(arguments: Sequence[str]) -> None:
         raise SystemExit(f"error: exit {done.returncode} of {' '.join(arguments)[:300]}")
 
 
+def try_node(builder: Builder) -> None:
+    """infra/aws/install-node, with the files that ray_cluster.yaml brings."""
+    files = tuple(f"{name} ./" for name in ("requirements.lock", "pyproject.toml", "infra/aws/install-node"))
+    steps = (
+        Step("ENV", (), "UV_CACHE_DIR=/cache/uv PIP_CACHE_DIR=/cache/pip UV_LINK_MODE=copy"),
+        Step("WORKDIR", (), "/node/dist"),
+        Step("COPY", (), "dist/kintsugi-*.whl ./"),
+        Step("WORKDIR", (), "/node"),
+        *(Step("COPY", (), text) for text in files),
+        Step("RUN", ("--mount=type=cache,target=/cache",), "bash /node/install-node"),
+    )
+    builder.build(Stage("node", "debian", steps))
+
+
 def main() -> int:
     if os.geteuid() != 0:
         raise SystemExit("error: a chroot needs root: run it with sudo")
@@ -251,11 +266,12 @@ def main() -> int:
     for stage in found:
         builder.build(stage)
     for stage in found[2:]:
-        image = builder.images[stage.name]
         print(f"== {stage.name}", flush=True)
         check = (str(ROOT / "infra/docker/check-image"), "/usr/local/bin/check-image")
         lock = (str(ROOT / "requirements.lock"), "/usr/local/share/requirements.lock")
-        run(image, ["check-image"], mounts=[check, lock], read_only=True)
+        run(builder.images[stage.name], ["check-image"], mounts=[check, lock], read_only=True)
+    print("== a node of ray_cluster.yaml", flush=True)
+    try_node(builder)
     for used in WORK.glob("stage-*"):
         shutil.rmtree(used)
     return 0

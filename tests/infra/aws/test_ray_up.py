@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from ray.autoscaler._private import commands
 from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 
+ROOT = Path(__file__).parents[3]
 REGION = "us-west-2"
 
 
@@ -61,6 +63,21 @@ def test_a_machine_starts_with_its_role_market_and_tag(
     assert provider.non_terminated_nodes({"ray-user-node-type": kind}) == [machine.id]
     provider.terminate_node(machine.id)
     assert provider.non_terminated_nodes({"ray-user-node-type": kind}) == []
+
+
+def test_the_head_may_make_every_call_that_rays_node_provider_makes(booted: Any) -> None:
+    provider = AWSNodeProvider(booted.config["provider"], booted.config["cluster_name"])
+    called: set[str] = set()
+    for resource in (provider.ec2, provider.ec2_fail_fast):
+        events = resource.meta.client.meta.events
+        events.register("before-call.ec2.*", lambda model, **_: called.add(f"ec2:{model.name}"))
+    (machine,) = provider.create_node(dict(booted.kinds["train"]["node_config"]), {"ray-node-kind": "worker"}, 1)
+    assert provider.non_terminated_nodes({"ray-node-kind": "worker"}) == [machine]
+    provider.set_node_tags(machine, {"ray-node-status": "up-to-date"})
+    provider.terminate_nodes([machine])
+    assert called == {"ec2:RunInstances", "ec2:CreateTags", "ec2:DescribeInstances", "ec2:TerminateInstances"}
+    held = json.loads((ROOT / "infra/aws/head-policy.json").read_text())["Statement"]
+    assert called <= {action for statement in held for action in statement["Action"]}
 
 
 class Shell:
