@@ -117,8 +117,12 @@ def test_every_ray_start_demands_the_token_that_is_copied_to_the_nodes(
     shutil.copy(ROOT / prepared["file_mounts"]["~/kintsugi/cluster.env"], tmp_path / "kintsugi")
     for command in starts.values():
         asked = re.sub(r"ulimit -n 65536; \S+ray start .*", "env", command, flags=re.DOTALL)
-        done = subprocess.run(["bash", "-c", asked], env={"HOME": str(tmp_path)}, capture_output=True, check=True)
-        assert {b"RAY_AUTH_MODE=token", b"KINTSUGI_STORE=s3://your-bucket/kintsugi"} <= set(done.stdout.splitlines())
+        done = subprocess.run(
+            ["bash", "-c", asked], env={"HOME": str(tmp_path)}, capture_output=True, text=True, check=True
+        )
+        given = done.stdout.splitlines()
+        assert {"RAY_AUTH_MODE=token", "KINTSUGI_STORE=s3://your-bucket/kintsugi"} <= set(given)
+        assert any(line.startswith(f"PATH={tmp_path}/kintsugi/venv/bin:") for line in given)
 
 
 def test_a_node_is_given_the_wheel_and_the_lock_and_nothing_of_rays_defaults(prepared: dict[str, Any]) -> None:
