@@ -74,6 +74,15 @@ chaos-serve: $(STAMP) nginx ## Kill, spoil and starve a service under load; ARGS
 chaos-train: $(STAMP) ## Kill workers, nodes, drivers and writers of a training; ARGS="--kills 3 --writers 10" shortens it
 	$(BIN)/python tests/benchmarks/chaos_train.py $(ARGS)
 
+.PHONY: wheel
+wheel: $(STAMP) ## Build the wheel that nodes and images install, in dist
+	rm -f dist/kintsugi-*.whl
+	$(BIN)/uv build --quiet --wheel --no-build-isolation --python $(BIN)/python --out-dir dist
+
+.PHONY: image-check
+image-check: wheel ## Run the Dockerfile's steps in a folder of Debian, as root, with debootstrap; GBs of disk
+	$(BIN)/python infra/docker/try_install.py
+
 .PHONY: down
 down: $(STAMP) ## Stop the local stack
 	@$(BIN)/kintsugi down
