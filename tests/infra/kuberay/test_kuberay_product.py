@@ -190,9 +190,7 @@ def test_the_entrypoints_of_jobs_are_command_lines_of_ours(jobs: Any) -> None:
     assert parsed["kintsugi-tune"]["search"] == "kubernetes-tune"
 
 
-@pytest.mark.parametrize(
-    "line", ["kintsugi trian a.yaml", "kintsugi train a.yaml --rnu x", "kintsugi tune a --trails 3"]
-)
+@pytest.mark.parametrize("line", ["kintsugi trian a.yaml", "kintsugi train a --rnu x", "kintsugi tune a --trails 3"])
 def test_a_misspelt_entrypoint_is_refused(line: str) -> None:
     with pytest.raises(UsageError):
         _parse(line)
@@ -221,6 +219,16 @@ def test_the_experiments_are_valid_and_fit_the_cluster(compose: Any, jobs: Any) 
     assert train.train.gpu and train.train.workers <= groups["train"]["maxReplicas"]
     assert train.train.cpus_per_worker <= float(limits["cpu"])
     assert all(job["spec"]["entrypointNumCpus"] <= 1 for job in jobs)
+
+
+def test_the_changes_that_the_docs_tell_for_a_cluster_without_gpus_fit_the_development_overlay(compose: Any) -> None:
+    told = re.findall(r"--set (train\.\S+=[^\s`]+)", (ROOT / "docs/kuberay.md").read_text())
+    train = load_config(EXPERIMENTS / "train.yaml", told).train
+    (group,) = compose("overlays/dev").one("RayCluster")["spec"]["workerGroupSpecs"]
+    cpus = float(group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
+    assert not train.gpu
+    # Beside the driver.
+    assert train.workers * train.cpus_per_worker <= cpus * group["maxReplicas"] - 1
 
 
 def test_every_variable_of_ours_is_one_that_the_product_reads(manifests: Any) -> None:

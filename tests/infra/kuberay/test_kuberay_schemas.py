@@ -47,7 +47,7 @@ def schemas() -> dict[str, Any]:
         # The API server knows the metadata of every object itself.
         closed["properties"]["metadata"] = {
             "type": "object",
-            "properties": dict.fromkeys(("name", "namespace", "labels", "annotations"), {}),
+            "properties": {name: {} for name in ("name", "namespace", "labels", "annotations")},
             "additionalProperties": False,
         }
         found[kind] = closed
@@ -148,4 +148,4 @@ def test_every_file_is_applied_by_some_kustomization_or_is_a_job() -> None:
         listed += [patch["path"] for patch in tree.get("patchesJson6902", [])]
         listed += [name for made in tree.get("configMapGenerator", []) for name in made["files"]]
         named |= {kustomization, *(kustomization.parent / name for name in listed)}
-    assert {path for path in folder.rglob("*.yaml")} == named
+    assert set(folder.rglob("*.yaml")) == named
