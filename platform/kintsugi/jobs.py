@@ -121,8 +121,8 @@ def _refuse_another(known: Job, request: Request) -> None:
 class _Log:
     """Writes a log once, however often it is read from its beginning."""
 
-    def __init__(self, write: Callable[[str], None]) -> None:
-        self.write, self.written = write, 0
+    def __init__(self, write: Callable[[str], None], note: Callable[[str], None]) -> None:
+        self.write, self.note, self.written, self.lost = write, note, 0, False
 
     async def read(self, parts: AsyncIterator[str], silence_s: float) -> bool:
         """Whether it was read to its end; False after a silence."""
@@ -134,6 +134,9 @@ class _Log:
                 return True
             except TimeoutError:
                 return False
+            if self.lost:
+                self.note("connected again")
+                self.lost = False
             if new := part[max(self.written - at, 0) :]:
                 self.write(new)
             at += len(part)
@@ -156,7 +159,7 @@ def follow(
     Raises:
         StackError: the cluster does not know the job, or did not answer for `patience_s`. The job itself may run on.
     """
-    log, last, delay, lost = _Log(write), clock(), 0.5, False
+    log, last, delay = _Log(write, note), clock(), 0.5
     while True:
         before = log.written
         try:
@@ -166,15 +169,13 @@ def follow(
                 last, delay = clock(), 0.5
             if clock() - last > patience_s:
                 raise ClusterUnreachable(f"{error}; 'kintsugi jobs logs {name}' follows the job later") from error
-            if not lost:
+            if not log.lost:
                 note(f"connection lost, the job goes on without it: trying again for {patience_s / 60:.0f} minutes")
-            lost = True
+            log.lost = True
         else:
             if job.ended and whole:
                 return job
-            if lost:
-                note("connected again")
-            last, delay, lost = clock(), 0.5, False
+            last, delay = clock(), 0.5
         pause(delay)
         delay = min(2 * delay, 10.0)
 
