@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from kintsugi.errors import ClusterUnreachable, StackError
 
 ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 INTERRUPTED = 130
+ADDRESS = "RAY_API_SERVER_ADDRESS"
 INPUTS = "kintsugi_inputs"
 SILENCE_S = 120.0
 """A log that is silent for so long is opened anew: the connection may be dead with nobody to say so."""
@@ -257,6 +259,8 @@ class RayJobs:
         except (RuntimeError, ValueError, LookupError) as error:
             if "WebSocket" in str(error):
                 raise ClusterUnreachable(f"the connection to {self.address} was lost") from error
+            if isinstance(error, LookupError) or "Version check" in str(error):
+                raise StackError(f"what answers at {self.address} is no Ray dashboard: name another address") from error
             raise StackError(f"the cluster at {self.address} refuses: {_last_line(str(error))}") from error
 
 
@@ -303,7 +307,20 @@ def _ray_client(address: str) -> Any:
                 raise ClusterUnreachable(f"the cluster at {address} fails ({reason}): look at its logs, or try again")
             return answer
 
-    return Client(address)
+    with _preferred(address):
+        return Client(address)
+
+
+@contextlib.contextmanager
+def _preferred(address: str) -> Generator[None]:
+    """Ray prefers this variable to the address that it is given."""
+    before = os.environ.get(ADDRESS)
+    os.environ[ADDRESS] = address
+    try:
+        yield
+    finally:
+        os.environ.pop(ADDRESS)
+        os.environ |= {} if before is None else {ADDRESS: before}
 
 
 def _check_version(address: str, theirs: str) -> None:

@@ -42,7 +42,7 @@ def pack_named(words: Sequence[str], paths: Iterable[Path], here: Path) -> Parce
                 f"{path} does not exist: a job takes along the files that its command names, and leaves what it makes "
                 f"in the store"
             )
-        inside = not path.is_absolute() and ".." not in path.parts
+        inside = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
         name = path.as_posix() if inside else f"{OUTSIDE}/{number}/{place.resolve().name}"
         parcel.links[name] = place.resolve()
         if not inside:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import socket
 import struct
 import subprocess
@@ -190,34 +191,37 @@ def test_a_name_is_begun_once_and_told_again_and_refused_to_another_command(
     machine: Machine, begun: "dict[str, subprocess.Popen[str]]"
 ) -> None:
     begun["good"].wait(timeout=90)
-    again = machine.run("submit", "--id", "good", "--", "models", "list")
-    assert "known already (succeeded)" in again.stderr and again.stdout == ""
-    other = machine.run("submit", "--id", "good", "--", "models", "list", "--json", code=1)
+    again = machine.start("submit", "--id", "good", "--", "models", "list")
+    other = ended(machine.start("submit", "--id", "good", "--", "models", "list", "--json"), 1)
+    told = ended(again)
+    assert "known already (succeeded)" in told.stderr and told.stdout == ""
     assert "'python -m kintsugi.cli models list', not 'python -m kintsugi.cli models list --json'" in other.stderr
 
 
-def test_a_job_is_listed_shown_to_others_and_stopped(
+def test_a_job_outlives_an_interrupt_is_shown_to_others_listed_and_stopped(
     machine: Machine, begun: "dict[str, subprocess.Popen[str]]"
 ) -> None:
-    shown = machine.run("submit", "--no-wait", "--id", "long", "--raw", "--", "sleep", "1000")
-    assert "'kintsugi jobs logs long' follows it" in shown.stdout
+    first = begun["long"]
+    assert first.stdout is not None and "Runtime env is setting up" in first.stdout.readline()
+    first.send_signal(signal.SIGINT)
+    assert "job long runs on: 'kintsugi jobs logs long' follows it" in ended(first, 130).stderr
+    left = machine.start("submit", "--no-wait", "--id", "long", "--raw", "--", "sleep", "1000")
     follower = machine.start("jobs", "logs", "long")
+    assert "'kintsugi jobs logs long' follows it" in ended(left).stdout
     assert follower.stdout is not None
     assert "Runtime env is setting up" in follower.stdout.readline()
     assert "is being stopped" in machine.run("jobs", "stop", "long").stdout
-    for process in (follower, begun["long"]):
-        assert "job long was stopped" in ended(process, 1).stderr
+    assert "job long was stopped" in ended(follower, 1).stderr
     states = {job["id"]: job["state"] for job in json.loads(machine.run("jobs", "list", "--json").stdout)}
     assert states["long"] == "stopped" and {"good", "bad", "cut", "by-hand"} <= set(states)
 
 
 def test_a_cluster_that_wants_a_token_says_which(machine: Machine, by_address: dict[str, str]) -> None:
     address = by_address["RAY_API_SERVER_ADDRESS"]
-    elsewhere = {"KINTSUGI_HOME": by_address["KINTSUGI_HOME"]}
-    without = ended(machine.start("jobs", "list", "--address", address, **elsewhere), 1)
-    assert "wants a token: set RAY_AUTH_MODE=token" in without.stderr
+    without = machine.start("jobs", "list", "--address", address, KINTSUGI_HOME=by_address["KINTSUGI_HOME"])
     wrong = machine.home.parent / "wrong"
     wrong.write_text("0" * 64)
     wrong.chmod(0o600)
-    variables = {**by_address, "RAY_AUTH_TOKEN_PATH": str(wrong)}
-    assert "refuses the token" in ended(machine.start("jobs", "list", **variables), 1).stderr
+    with_another = machine.start("jobs", "list", **{**by_address, "RAY_AUTH_TOKEN_PATH": str(wrong)})
+    assert "wants a token: set RAY_AUTH_MODE=token" in ended(without, 1).stderr
+    assert "refuses the token" in ended(with_another, 1).stderr

@@ -92,8 +92,6 @@ def choose_cluster(address: str | None) -> str:
             "no Ray cluster is known: run 'kintsugi up', or name a dashboard by --address or RAY_API_SERVER_ADDRESS, "
             "as http://127.0.0.1:8265"
         )
-    # Ray prefers this variable to what it is told.
-    os.environ["RAY_API_SERVER_ADDRESS"] = chosen
     return chosen
 
 
