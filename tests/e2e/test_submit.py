@@ -107,7 +107,7 @@ class Machine:
 
 
 def ended(process: "subprocess.Popen[str]", code: int = 0) -> "subprocess.CompletedProcess[str]":
-    out, err = process.communicate(timeout=90)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == code, f"{process.args}\n{out[-3000:]}\n{err[-3000:]}"
     return subprocess.CompletedProcess(process.args, code, out, err)
 
@@ -190,7 +190,7 @@ def test_rays_own_command_submits_as_the_page_on_jobs_says(begun: "dict[str, sub
 def test_a_name_is_begun_once_and_told_again_and_refused_to_another_command(
     machine: Machine, begun: "dict[str, subprocess.Popen[str]]"
 ) -> None:
-    begun["good"].wait(timeout=90)
+    begun["good"].wait(timeout=240)
     again = machine.start("submit", "--id", "good", "--", "models", "list")
     other = ended(machine.start("submit", "--id", "good", "--", "models", "list", "--json"), 1)
     told = ended(again)
