@@ -100,13 +100,23 @@ def submit_once(server: JobServer, request: Request) -> tuple[Job, bool]:
             server.submit(request)
         except StackError:
             # Somebody was quicker, or only the answer was lost.
-            known = server.find(request.name)
+            known = _found_after_all(server, request.name)
             if known is None:
                 raise
         else:
             return Job(request.name, request.command, "PENDING", inputs=request.inputs), True
     _refuse_another(known, request)
     return known, False
+
+
+def _found_after_all(server: JobServer, name: str) -> Job | None:
+    try:
+        return server.find(name)
+    except ClusterUnreachable as error:
+        raise ClusterUnreachable(
+            f"{error}; whether job {name} was begun is not known: submit it again with --id {name}, which begins it "
+            f"once at most"
+        ) from error
 
 
 def _refuse_another(known: Job, request: Request) -> None:
@@ -212,7 +222,7 @@ class RayJobs:
     def find(self, name: str) -> Job | None:
         with self._told():
             found = self._client.get_job_info_or_none(name)
-        return None if found is None else _job(found)
+        return None if found is None or found.submission_id is None else _job(found)
 
     def jobs(self) -> list[Job]:
         """Those that were submitted, oldest first."""

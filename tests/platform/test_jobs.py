@@ -102,6 +102,19 @@ def test_a_submission_whose_answer_was_lost_is_found() -> None:
     assert submit_once(Late(), REQUEST) == (job(), False)
 
 
+def test_a_submission_of_which_nothing_is_known_says_how_to_begin_it_once() -> None:
+    class Gone(FakeServer):
+        def find(self, name: str) -> Job | None:
+            if self.submitted:
+                raise LOST
+            return None
+
+    server = Gone()
+    server.on_submit = LOST
+    with pytest.raises(ClusterUnreachable, match="submit it again with --id nightly"):
+        submit_once(server, REQUEST)
+
+
 def test_a_log_is_written_as_it_comes_until_the_job_has_ended() -> None:
     server = FakeServer(job("SUCCEEDED", code=0), readings=[["a\n", "b\n"]])
     assert followed(server) == (job("SUCCEEDED", code=0), "a\nb\n", [])

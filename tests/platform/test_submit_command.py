@@ -1,12 +1,14 @@
 """kintsugi submit and jobs up to the cluster; on a cluster they are tested in tests/e2e."""
 
 import json
+import os
 from collections.abc import AsyncIterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import psutil
 import pytest
 import typer
 
@@ -15,8 +17,14 @@ from kintsugi.commands import jobs as jobs_verbs
 from kintsugi.commands import submit as verb
 from kintsugi.errors import ConfigError, StackError
 from kintsugi.jobs import Job, RayJobs, Request
+from kintsugi.processes import ProcessRecord
+from kintsugi.stack import Stack, save
 
 ADDRESS = "http://127.0.0.1:9"
+STACK_SETS = (
+    *("RAY_DASHBOARD_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"),
+    *("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "RAY_USAGE_STATS_ENABLED", "NO_PROXY", "no_proxy"),
+)
 
 
 class FakeJobs:
@@ -218,6 +226,28 @@ def test_the_cluster_is_the_one_that_is_named_first(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert verb.choose_cluster(address) == chosen
+
+
+def test_the_local_stack_is_chosen_with_its_token_which_goes_to_no_other_cluster(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in (*STACK_SETS, "RAY_API_SERVER_ADDRESS", "RAY_ADDRESS", "KINTSUGI_STORE"):
+        # Set first, so that what activation leaves is taken back.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    mine, other = "http://127.0.0.1:8265", "http://10.0.0.1:8265"
+    addresses = {"ray_address": "127.0.0.1:1", "dashboard": mine, "tensorboard": mine, "endpoint": mine}
+    ray = ProcessRecord(pid=os.getpid(), create_time=psutil.Process().create_time())
+    stack = Stack(s3_endpoint=None, store_uri=str(tmp_path), scratch=tmp_path, processes={"ray": ray}, **addresses)
+    save(tmp_path, stack)
+    monkeypatch.setenv("KINTSUGI_HOME", str(tmp_path))
+    assert verb.choose_cluster(other) == other
+    assert "RAY_AUTH_TOKEN_PATH" not in os.environ
+    assert verb.choose_cluster(None) == mine
+    assert os.environ["RAY_AUTH_TOKEN_PATH"] == str(tmp_path / "ray-token")
+    monkeypatch.setenv("KINTSUGI_STORE", "s3://another/store")
+    with pytest.raises(StackError, match="names s3://another/store and the local stack was started with"):
+        verb.choose_cluster(None)
 
 
 def test_without_any_cluster_it_is_told_how_to_name_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

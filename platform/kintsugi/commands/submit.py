@@ -79,11 +79,12 @@ def choose_cluster(address: str | None) -> str:
     """`address`, else the cluster that the environment names, else the local stack, whose variables are then set.
 
     Raises:
-        StackError: no cluster is known.
+        StackError: no cluster is known, or it is the local stack and has another store than KINTSUGI_STORE names.
     """
     chosen = address or os.environ.get("RAY_API_SERVER_ADDRESS") or _http(os.environ.get("RAY_ADDRESS", ""))
     stack = local.find(local.home_folder())
     if stack is not None and (chosen or stack.dashboard).rstrip("/") == stack.dashboard:
+        _refuse_another_store(stack)
         # Its token goes to no other cluster.
         local.activate(local.home_folder())
         chosen = stack.dashboard
@@ -93,6 +94,16 @@ def choose_cluster(address: str | None) -> str:
             "as http://127.0.0.1:8265"
         )
     return chosen
+
+
+def _refuse_another_store(stack: local.Stack) -> None:
+    """Its head has the credentials of its own store only."""
+    store = local.own_store()
+    if store not in (None, stack.store_uri):
+        raise StackError(
+            f"KINTSUGI_STORE names {store} and the local stack was started with {stack.store_uri}: unset the variable, "
+            f"or run 'kintsugi down' and 'kintsugi up'"
+        )
 
 
 def tell(server: JobServer, job: Job, *, new: bool, wait: bool, as_json: bool) -> None:
@@ -144,7 +155,8 @@ def named_paths(root: Any, words: Sequence[str]) -> list[Path]:
     try:
         while isinstance(context.command, TyperGroup):
             rest = [*context._protected_args, *context.args]
-            name, command, rest = context.command.resolve_command(context, rest)
+            found: Any = context.command.resolve_command(context, rest)
+            name, command, rest = found
             verb = verb or name
             context = command.make_context(name, rest, parent=context)
             opened.append(context)
