@@ -8,13 +8,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import astuple, fields
 from pathlib import Path
 
-from kintsugi import processes
+from kintsugi import doors, processes
 from kintsugi.errors import StackError
 from kintsugi.stack import (
     Ports,
@@ -56,7 +54,8 @@ def up(
     home = home.expanduser().resolve()
     with _locked(home):
         _refuse_a_second(find(home), home)
-        store = own_store()
+        if (store := own_store()) is not None:
+            doors.check_store(store)
         ports = _chosen(ports or Ports(), with_s3=store is None, progress=progress)
         try:
             save(home, _planned(ports, store))
@@ -269,27 +268,14 @@ def _create_bucket(stack: Stack, home: Path) -> None:
 def _head_is_ready(dashboard: str, gcs: int, token: str) -> bool:
     if not processes.accepts(gcs):
         return False
-    answer = _get(f"{dashboard}/nodes?view=summary", token)
-    return answer is not None and answer[0] == 200 and b'"ALIVE"' in answer[1]
+    answer = doors.ask(f"{dashboard}/nodes?view=summary", token)
+    return answer is not None and answer.status == 200 and b'"ALIVE"' in answer.body
 
 
 def _answers(url: str) -> bool:
     """Whether an HTTP server is there and does not fail; a refusal for want of a credential is an answer."""
-    answer = _get(url)
-    return answer is not None and answer[0] < 500
-
-
-def _get(url: str, token: str = "") -> tuple[int, bytes] | None:
-    """Status and body, past any proxy; None if nothing answers."""
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(request, timeout=5) as answer:
-            return answer.status, answer.read()
-    except urllib.error.HTTPError as error:
-        return error.code, b""
-    except OSError:
-        return None
+    answer = doors.ask(url)
+    return answer is not None and answer.status < 500
 
 
 def _stop(home: Path, progress: Progress) -> list[str]:
