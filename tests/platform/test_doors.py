@@ -169,3 +169,22 @@ def test_a_folder_is_not_written_to(tmp_path: Path) -> None:
 def test_nothing_answers_is_not_an_open_dashboard() -> None:
     assert not doors.is_open("http://127.0.0.1:1")
     assert not doors.is_open("http://not a host")
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.0.1", True),
+        ("::1", True),
+        ("::ffff:127.0.0.1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("::ffff:10.0.0.1", False),
+        ("localhost.plant", False),
+        ("", False),
+    ],
+)
+def test_loopback_is_told_from_all_else(host: str, loopback: bool) -> None:
+    assert doors.is_loopback(host) is loopback

@@ -19,7 +19,8 @@ STYLES = {"ok": "green", "note": "dim", "warning": "yellow", "problem": "bold re
 
 def doctor(as_json: Json = False) -> None:
     """Say what is open, missing or old, and how to mend it; exit code 1 if anything is a problem."""
-    findings = [*_activated(), *examine()]
+    untold, findings = _activated(), examine()
+    findings += [finding for finding in untold if finding.tells not in {found.tells for found in findings}]
     problems = sum(finding.state == "problem" for finding in findings)
     if as_json:
         print_json({"problems": problems, "findings": [finding.model_dump() for finding in findings]})

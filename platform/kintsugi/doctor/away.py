@@ -44,9 +44,14 @@ def cluster() -> Finding:
     if not reaches(host, port):
         mend = "run 'kintsugi up', or correct RAY_ADDRESS and the way there"
         return problem("cluster", f"nothing answers at {address}", mend)
-    if doors.is_open(dashboard_url()) or not (doors.is_loopback(host) or doors.asks_for_token()):
+    answer = doors.ask(f"{dashboard_url()}/api/version", timeout_s=2.0)
+    if (answer and answer.status == 200) or not (doors.is_loopback(host) or doors.asks_for_token()):
         return open_cluster(address)
-    return ok("cluster", f"{address} answers{', and asks for a token' if doors.asks_for_token() else ''}")
+    if answer and answer.status in (401, 403):
+        return ok("cluster", f"{address} answers, and its dashboard refuses who has no token ({answer.status})")
+    return note(
+        "cluster", f"{address} takes connections; no dashboard at {dashboard_url()} tells if it asks for a token"
+    )
 
 
 def open_cluster(address: str) -> Finding:

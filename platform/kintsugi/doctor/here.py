@@ -10,6 +10,7 @@ import psutil
 
 from kintsugi import doors, processes
 from kintsugi.doctor.finding import Finding, note, ok, problem, warning
+from kintsugi.errors import StackError
 from kintsugi.stack import Stack, credentials_file, find, home_folder, record_file, token_file
 
 PARTS = ("weed", "gcs_server", "raylet")
@@ -51,6 +52,14 @@ def stack() -> Finding:
     return ok("stack", f"{', '.join(recorded.parts)} run")
 
 
+def running() -> Stack | None:
+    """The recorded stack, if its Ray head runs; what cannot be read is told by `stack`."""
+    with contextlib.suppress(StackError):
+        recorded = find(home_folder())
+        return recorded if recorded is not None and recorded.state("ray") == "running" else None
+    return None
+
+
 def leftovers(folder: Path, recorded: Stack | None) -> list[psutil.Process]:
     """Parts of a stack that were started in this home and that no record knows."""
     known = {process.pid for process in family(recorded)} if recorded else set[int]()
@@ -69,8 +78,8 @@ def family(recorded: Stack) -> list[psutil.Process]:
 
 def listening() -> Finding | None:
     """Every port of the stack's processes, but the endpoint's, is on loopback."""
-    recorded = find(home_folder())
-    if recorded is None or recorded.state("ray") != "running":
+    recorded = running()
+    if recorded is None:
         return None
     found = listens(family(recorded))
     endpoint = urlsplit(recorded.endpoint).port
@@ -94,8 +103,8 @@ def listens(members: list[psutil.Process]) -> set[tuple[str, int]]:
 
 def endpoint() -> Finding | None:
     """A service that others reach asks for keys."""
-    recorded = find(home_folder())
-    if recorded is None or recorded.state("ray") != "running":
+    recorded = running()
+    if recorded is None:
         return None
     port = urlsplit(recorded.endpoint).port
     hosts = {host for host, at in listens(family(recorded)) if at == port}
@@ -117,8 +126,8 @@ def endpoint() -> Finding | None:
 
 def dashboard() -> Finding | None:
     """The stack's dashboard asks for its token; no other on the usual port runs anyone's code."""
-    recorded = find(home_folder())
-    if recorded is not None and recorded.state("ray") == "running":
+    recorded = running()
+    if recorded is not None:
         return dashboard_at(recorded.dashboard)
     return dashboard_at(USUAL_DASHBOARD) if doors.is_open(USUAL_DASHBOARD) else None
 

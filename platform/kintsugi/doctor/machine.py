@@ -22,6 +22,7 @@ RAY_FULL = 0.95
 SHARED_PART = 0.3
 """Of the memory: what Ray takes for its object store; with less in /dev/shm it goes to the disk, slowly."""
 OPEN_FILES = 4096
+ENOUGH_FILES = 65536
 ASK_S = 5.0
 
 
@@ -100,10 +101,13 @@ def open_files() -> Finding:
 def open_files_of(soft: int, hard: int) -> Finding:
     """The limits of a process, as `ulimit -n` tells them."""
     endless = resource.RLIM_INFINITY
-    if soft != endless and soft < OPEN_FILES:
-        most = 65536 if hard == endless else min(65536, hard)
+    if soft == endless or soft >= OPEN_FILES:
+        return ok("open files", f"a process may open {'any number' if soft == endless else soft}")
+    most = ENOUGH_FILES if hard == endless else min(ENOUGH_FILES, hard)
+    if most > soft:
         return warning("open files", f"a process may open {soft}", f"run 'ulimit -n {most}' before 'kintsugi up'")
-    return ok("open files", f"a process may open {'any number' if soft == endless else soft}")
+    raising = f"raise it to {ENOUGH_FILES} in /etc/security/limits.conf, or by LimitNOFILE= of the service"
+    return warning("open files", f"a process may open {soft} and not more", raising)
 
 
 def _existing(place: Path) -> Path:
