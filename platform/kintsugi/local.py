@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import astuple, fields
 from pathlib import Path
 
-from kintsugi import doors, processes
+from kintsugi import doors, inner_tls, processes
 from kintsugi.errors import StackError
 from kintsugi.stack import (
     Ports,
@@ -155,7 +155,7 @@ def _start(home: Path, ports: Ports, cpus: int | None, progress: Progress) -> St
     if stack.s3_endpoint:
         write_credentials(home)
         progress(f"starting an S3 server at {stack.s3_endpoint}")
-        _launch(home, "s3", _s3_command(home, stack.scratch, ports.s3, inner[:7]), _s3_environment())
+        _launch(home, "s3", _s3_command(home, stack.scratch, ports.s3, inner[:7]), _s3_environment(stack.scratch))
     else:
         progress(f"KINTSUGI_STORE names {stack.store_uri}: no S3 server is started")
     progress(f"starting a Ray head with its dashboard at {stack.dashboard}")
@@ -179,6 +179,8 @@ def _s3_command(home: Path, scratch: Path, port: int, inner: Sequence[int]) -> l
         "server",
         f"-dir={data}",
         *("-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"),
+        # The master's and the filer's HTTP, which nothing here uses, would delete a bucket for whoever asks.
+        *("-disableHttp", "-filer.disableHttp"),
         *("-master.volumeSizeLimitMB=1024", "-volume.max=0", "-volume.preStopSeconds=0"),
         *(f"-master.port={master}", f"-master.port.grpc={master_grpc}"),
         *(f"-volume.port={volume}", f"-volume.port.grpc={volume_grpc}"),
@@ -188,11 +190,15 @@ def _s3_command(home: Path, scratch: Path, port: int, inner: Sequence[int]) -> l
     ]
 
 
-def _s3_environment() -> dict[str, str]:
-    """Keys without which SeaweedFS's inner HTTP ports would give and take any object without a credential."""
+def _s3_environment(scratch: Path | None = None) -> dict[str, str]:
+    """Keys without which SeaweedFS's inner ports would give and take any object without a credential.
+
+    The certificate for those that speak gRPC is written to `scratch`; without that folder they stay open.
+    """
     keys = ("SIGNING", "SIGNING_READ", "FILER_SIGNING", "FILER_SIGNING_READ")
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "WEED_", "S3_"))}
-    return ours | {f"WEED_JWT_{key}_KEY": secrets.token_hex(32) for key in keys}
+    signing = {f"WEED_JWT_{key}_KEY": secrets.token_hex(32) for key in keys}
+    return ours | signing | (inner_tls.grpc_environment(scratch) if scratch else {})
 
 
 def _ray_command(scratch: Path, ports: Ports, inner: Sequence[int], cpus: int | None) -> list[str]:
