@@ -190,15 +190,15 @@ def _s3_command(home: Path, scratch: Path, port: int, inner: Sequence[int]) -> l
     ]
 
 
-def _s3_environment(scratch: Path | None = None) -> dict[str, str]:
+def _s3_environment(scratch: Path) -> dict[str, str]:
     """Keys without which SeaweedFS's inner ports would give and take any object without a credential.
 
-    The certificate for those that speak gRPC is written to `scratch`; without that folder they stay open.
+    The certificate for those that speak gRPC is written to `scratch`.
     """
     keys = ("SIGNING", "SIGNING_READ", "FILER_SIGNING", "FILER_SIGNING_READ")
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "WEED_", "S3_"))}
     signing = {f"WEED_JWT_{key}_KEY": secrets.token_hex(32) for key in keys}
-    return ours | signing | (inner_tls.grpc_environment(scratch) if scratch else {})
+    return ours | signing | inner_tls.grpc_environment(scratch)
 
 
 def _ray_command(scratch: Path, ports: Ports, inner: Sequence[int], cpus: int | None) -> list[str]:
