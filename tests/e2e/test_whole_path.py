@@ -3,7 +3,6 @@
 One stack for the module; its data, models and endpoint are built once by fixtures that depend on each other.
 """
 
-import contextlib
 import json
 import os
 import signal
@@ -352,8 +351,11 @@ def test_no_port_of_the_stack_answers_from_beyond_this_machine_or_without_a_secr
     found = here.listens(here.family(stack))
     assert len(found) > 15 and [host for host, _ in found if not doors.is_loopback(host)] == []
     by_design = {urlsplit(url).port for url in (addresses["tensorboard"], addresses["endpoint"])}
-    told = {port: _told_by_http(port) + _told_by_grpc(port) for _, port in found if port not in by_design}
-    assert {port: answers for port, answers in told.items() if answers} == {}
+    told = {port: paths for _, port in found if port not in by_design and (paths := _told_by_http(port))}
+    assert told == {}
+    calls = [call for _, port in found for call in _by_grpc(port).items()]
+    assert [call for call, code in calls if code == grpc.StatusCode.OK] == []
+    assert {call for call, code in calls if code == grpc.StatusCode.UNAUTHENTICATED} == set(RAY_CALLS)
 
 
 def _told_by_http(port: int) -> list[str]:
@@ -365,17 +367,27 @@ def _told_by_http(port: int) -> list[str]:
     return [path for path, a in answers.items() if a and a.status < 400 and not a.body.startswith(harmless)]
 
 
-def _told_by_grpc(port: int) -> list[str]:
-    """The calls that are answered without a secret."""
-    calls = ("ray.rpc.NodeInfoGcsService/GetAllNodeInfo", "ray.rpc.InternalKVGcsService/InternalKVKeys")
-    calls += ("master_pb.Seaweed/ListMasterClients", "filer_pb.SeaweedFiler/GetFilerConfiguration")
-    told: list[str] = []
+RAY_CALLS = (
+    *("NodeInfoGcsService/GetAllNodeInfo", "RayletDriver/Terminate", "ReporterService/GetTraceback"),
+    *("NodeManagerService/GetNodeStats", "ObjectManagerService/Pull"),
+)
+"""Of the GCS, the Ray client's server, the agent, and the raylet's two ports."""
+
+
+def _by_grpc(port: int) -> dict[str, grpc.StatusCode]:
+    """How each call is answered without a secret."""
+    calls = [f"ray.rpc.{call}" for call in RAY_CALLS]
+    calls += ["master_pb.Seaweed/ListMasterClients", "filer_pb.SeaweedFiler/GetFilerConfiguration"]
     with grpc.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.enable_http_proxy", 0)]) as channel:
-        for call in calls:
-            with contextlib.suppress(grpc.RpcError):
-                channel.unary_unary(f"/{call}")(b"", timeout=10)
-                told.append(call)
-    return told
+        return {call.removeprefix("ray.rpc."): _called(channel, call) for call in calls}
+
+
+def _called(channel: grpc.Channel, call: str) -> grpc.StatusCode:
+    try:
+        channel.unary_unary(f"/{call}")(b"", timeout=10)
+    except grpc.RpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
 
 
 def test_the_dashboard_answers(addresses: dict[str, str]) -> None:
