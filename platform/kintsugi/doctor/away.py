@@ -45,10 +45,14 @@ def cluster() -> Finding:
         mend = "run 'kintsugi up', or correct RAY_ADDRESS and the way there"
         return problem("cluster", f"nothing answers at {address}", mend)
     answer = doors.ask(f"{dashboard_url()}/api/version", timeout_s=2.0)
+    refuses = answer is not None and answer.status in (401, 403)
+    if refuses and not doors.asks_for_token():
+        mend = "set RAY_AUTH_MODE=token, with the cluster's token where Ray reads it"
+        return problem("cluster", f"{address} asks for a token, and this environment has none", mend)
+    if refuses:
+        return ok("cluster", f"{address} answers, and its dashboard refuses who has no token")
     if (answer and answer.status == 200) or not (doors.is_loopback(host) or doors.asks_for_token()):
         return open_cluster(address)
-    if answer and answer.status in (401, 403):
-        return ok("cluster", f"{address} answers, and its dashboard refuses who has no token ({answer.status})")
     return note(
         "cluster", f"{address} takes connections; no dashboard at {dashboard_url()} tells if it asks for a token"
     )

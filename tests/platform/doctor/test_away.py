@@ -57,13 +57,21 @@ def test_no_cluster_is_a_note_and_one_that_is_away_a_problem(monkeypatch: pytest
 
 @pytest.mark.parametrize(("status", "state"), [(401, "ok"), (200, "problem"), (404, "note")])
 def test_a_cluster_is_judged_by_what_its_dashboard_says_without_a_token(
-    gcs: str, serve_http: Serve, monkeypatch: pytest.MonkeyPatch, status: int, state: str
+    gcs: str, token: Path, serve_http: Serve, monkeypatch: pytest.MonkeyPatch, status: int, state: str
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", gcs)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", serve_http({"/api/version": (status, b"{}")}))
     assert away.cluster().state == state
     monkeypatch.setenv("KINTSUGI_ALLOW_OPEN_CLUSTER", "1")
     assert away.cluster().state == ("warning" if state == "problem" else state)
+
+
+def test_a_cluster_that_wants_a_token_where_none_is_set_says_how_to_set_it(
+    gcs: str, serve_http: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", gcs)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", serve_http({"/api/version": (401, b"")}))
+    assert away.cluster().state == "problem" and "RAY_AUTH_MODE=token" in away.cluster().mend
 
 
 def test_another_ray_on_the_cluster_is_a_problem_that_names_both(
