@@ -26,6 +26,7 @@ COMMANDS: Table = {
     ),
     "down": ("kintsugi.commands.stack:down", "Stop exactly what 'kintsugi up' started."),
     "status": ("kintsugi.commands.stack:status", "Print every address of the local stack and what runs."),
+    "doctor": ("kintsugi.commands.doctor:doctor", "Say what is open, missing or old, and how to mend it."),
     "demo": (
         "kintsugi.demo:demo",
         "Go the whole way on this machine: data, training, search, endpoint, one restored image.",

@@ -222,6 +222,12 @@ class S3Store(ObjectStore):
             if self.bucket not in {b["Name"] for b in self._client.list_buckets()["Buckets"]}:
                 self._client.create_bucket(Bucket=self.bucket)
 
+    @property
+    def endpoint(self) -> str:
+        """The URL that requests go to, whichever variable or file named it."""
+        with self._errors(""):
+            return self._client.meta.endpoint_url
+
     def _key(self, key: str) -> str:
         return self._prefix + checked_key(key)
 

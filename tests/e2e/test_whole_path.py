@@ -13,14 +13,17 @@ import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import grpc
 import httpx2 as httpx
 import numpy as np
 import pytest
 import yaml
 
-from kintsugi import imaging, local
+from kintsugi import doors, imaging, local
 from kintsugi.data.synthetic import write_synthetic
+from kintsugi.doctor import here
 from kintsugi.storage import S3Store, sha256
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -337,6 +340,54 @@ def test_the_standard_platform_module_works_in_a_ray_task_with_the_root_as_worki
     )
     assert found.returncode == 0, found.stderr
     assert "'Linux'" in found.stdout and "'platform'" in found.stdout and "'serve'" in found.stdout
+
+
+def test_no_port_of_the_stack_answers_from_beyond_this_machine_or_without_a_secret(
+    machine: Machine, addresses: dict[str, str]
+) -> None:
+    """But TensorBoard and the endpoint, which have none on 127.0.0.1, metrics, and two pages without data."""
+    stack = local.find(Path(machine.environment["KINTSUGI_HOME"]))
+    assert stack is not None
+    found = here.listens(here.family(stack))
+    assert len(found) > 15 and [host for host, _ in found if not doors.is_loopback(host)] == []
+    by_design = {urlsplit(url).port for url in (addresses["tensorboard"], addresses["endpoint"])}
+    told = {port: paths for _, port in found if port not in by_design and (paths := _told_by_http(port))}
+    assert told == {}
+    calls = [call for _, port in found for call in _by_grpc(port).items()]
+    assert [call for call, code in calls if code == grpc.StatusCode.OK] == []
+    assert {call for call, code in calls if code == grpc.StatusCode.UNAUTHENTICATED} == set(RAY_CALLS)
+
+
+def _told_by_http(port: int) -> list[str]:
+    """The paths that answer without a secret."""
+    paths = ("/", "/api/jobs/", "/api/version", "/nodes?view=summary", "/logs/", "/metrics", "/api/job_agent/jobs/")
+    paths += ("/dir/assign", "/dir/status", "/col/delete?collection=kintsugi", "/kintsugi", "/buckets/kintsugi/")
+    answers = {path: doors.ask(f"http://127.0.0.1:{port}{path}") for path in paths}
+    harmless = (b"# HELP", b"<!doctype html>", b"<!DOCTYPE html>")
+    return [path for path, a in answers.items() if a and a.status < 400 and not a.body.startswith(harmless)]
+
+
+RAY_CALLS = (
+    *("NodeInfoGcsService/GetAllNodeInfo", "RayletDriver/Terminate", "ReporterService/GetTraceback"),
+    *("NodeManagerService/GetNodeStats", "ObjectManagerService/Pull"),
+)
+"""Of the GCS, the Ray client's server, the agent, and the raylet's two ports."""
+
+
+def _by_grpc(port: int) -> dict[str, grpc.StatusCode]:
+    """How each call is answered without a secret."""
+    calls = [f"ray.rpc.{call}" for call in RAY_CALLS]
+    calls += ["master_pb.Seaweed/ListMasterClients", "filer_pb.SeaweedFiler/GetFilerConfiguration"]
+    with grpc.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.enable_http_proxy", 0)]) as channel:
+        return {call.removeprefix("ray.rpc."): _called(channel, call) for call in calls}
+
+
+def _called(channel: grpc.Channel, call: str) -> grpc.StatusCode:
+    try:
+        channel.unary_unary(f"/{call}")(b"", timeout=10)
+    except grpc.RpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
 
 
 def test_the_dashboard_answers(addresses: dict[str, str]) -> None:
