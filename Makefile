@@ -25,11 +25,16 @@ demo: $(STAMP) ## Go the whole way on this machine; ARGS= for 'kintsugi demo'
 .PHONY: test
 test: $(STAMP) ## Run the tests; ARGS= for pytest
 	@infra/gateway/get-nginx > /dev/null || echo "warning: the tests of the gateway are skipped" >&2
+	@infra/monitoring/get-prometheus > /dev/null || echo "warning: the tests of the monitoring are skipped" >&2
 	$(BIN)/pytest $(ARGS)
 
 .PHONY: nginx
 nginx: ## Unpack Debian's nginx into .kintsugi, unless there is one already
 	@infra/gateway/get-nginx
+
+.PHONY: prometheus
+prometheus: ## Unpack Debian's prometheus into .kintsugi, unless there is one already
+	@infra/monitoring/get-prometheus
 
 .PHONY: check
 check: $(STAMP) ## Lint, format, types, import arrows
