@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 
 FOLDER = Path(__file__).parents[2] / "infra/monitoring"
@@ -143,3 +144,18 @@ def test_grafana_is_told_of_prometheus_and_of_the_dashboards() -> None:
     assert (source["type"], source["url"]) == ("prometheus", "${KINTSUGI_PROMETHEUS}")
     (provider,) = yaml.safe_load((provisioning / "dashboards/kintsugi.yaml").read_text())["providers"]
     assert provider["options"] == {"path": "${KINTSUGI_DASHBOARDS}"}
+
+
+@pytest.mark.parametrize(
+    ("metric", "source"),
+    [
+        ("ray_node_gpus_utilization", "dashboard/modules/reporter/reporter_agent.py"),
+        ("ray_node_gram_used", "dashboard/modules/reporter/reporter_agent.py"),
+        ("ray_serve_health_check_failures_total", "serve/_private/deployment_state.py"),
+        ("ray_node_failure_total", "core/src/ray/gcs/gcs_server"),
+    ],
+)
+def test_a_metric_that_comes_only_with_a_gpu_or_a_failure_is_named_as_ray_names_it(metric: str, source: str) -> None:
+    files = (*DASHBOARDS, *(FOLDER / "prometheus/rules").glob("*.yaml"))
+    assert any(metric in path.read_text() for path in files)
+    assert metric.removeprefix("ray_").encode() in (Path(ray.__file__).parent / source).read_bytes()
