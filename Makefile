@@ -26,6 +26,7 @@ demo: $(STAMP) ## Go the whole way on this machine; ARGS= for 'kintsugi demo'
 test: $(STAMP) ## Run the tests; ARGS= for pytest
 	@infra/gateway/get-nginx > /dev/null || echo "warning: the tests of the gateway are skipped" >&2
 	@infra/kuberay/get-kubectl > /dev/null || echo "warning: the tests of the KubeRay manifests are skipped" >&2
+	@infra/monitoring/get-prometheus > /dev/null || echo "warning: the tests of the monitoring are skipped" >&2
 	$(BIN)/pytest $(ARGS)
 
 .PHONY: nginx
@@ -35,6 +36,10 @@ nginx: ## Unpack Debian's nginx into .kintsugi, unless there is one already
 .PHONY: kubectl
 kubectl: ## Unpack Debian's kubectl into .kintsugi, unless there is one already
 	@infra/kuberay/get-kubectl
+
+.PHONY: prometheus
+prometheus: ## Unpack Debian's prometheus into .kintsugi, unless there is one already
+	@infra/monitoring/get-prometheus
 
 .PHONY: check
 check: $(STAMP) ## Lint, format, types, import arrows

@@ -218,6 +218,10 @@ def _head_environment(stack: Stack, home: Path, inner: Sequence[int]) -> dict[st
     """`python` in a job is this Python; a stopping head does not wait for its jobs."""
     variables = _with_stack(stack, home)
     variables.pop("RAY_ADDRESS")
+    if "KINTSUGI_TRACES" in variables:
+        variables.setdefault("RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH", "kintsugi_serve.traces:exporters")
+        variables.setdefault("RAY_SERVE_TRACING_SAMPLING_RATIO", "1")
+        variables.setdefault("OTEL_SERVICE_NAME", "kintsugi")
     return variables | {
         "AUTOSCALER_METRIC_PORT": str(inner[11]),
         "DASHBOARD_METRIC_PORT": str(inner[12]),

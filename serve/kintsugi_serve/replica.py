@@ -28,6 +28,7 @@ from kintsugi_serve.codec import Decoder
 from kintsugi_serve.jobs import Answer, Job, LoadedModel, Rejection, Serving
 from kintsugi_serve.schemas import Refusal, Settings
 from kintsugi_serve.serving import InService, Loaded, Others, Published, Shelving, Source, list_published, ray_shelving
+from kintsugi_serve.traces import tell_stages
 
 if TYPE_CHECKING:
     from kintsugi.restore.restorer import Restoration
@@ -197,7 +198,9 @@ class Replica:
             decoded.waiting = False
         if isinstance(inferred.result, KintsugiError):
             raise inferred.result
-        return await asyncio.to_thread(_answer, job, decoded, inferred.result, inferred)
+        answer = await asyncio.to_thread(_answer, job, decoded, inferred.result, inferred)
+        tell_stages(answer.timing_ms)
+        return answer
 
     async def infer(self, batch: list[Decoded]) -> list[Inferred]:
         """Run the models; what nobody waits for any more is dropped, also halfway through a large image."""

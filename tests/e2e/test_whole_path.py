@@ -76,12 +76,21 @@ class Machine:
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Generator[Machine]:
     root = Path(__file__).parents[2]
     machine = Machine(tmp_path_factory.mktemp("home"), root)
+    # So that also the shortest training is seen before its gauges go with it.
+    machine.environment["RAY_metrics_report_interval_ms"] = "1000"
+    machine.environment["KINTSUGI_TRACES"] = f"file:{tmp_path_factory.mktemp('traces')}"
     ports = [part for name in ("s3", "dashboard", "tensorboard", "ray", "endpoint") for part in (f"--{name}-port", "0")]
     try:
         machine.run("up", *ports, "--cpus", "2")
         yield machine
     finally:
         machine.run("down")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prometheus(machine: Machine, tmp_path_factory: pytest.TempPathFactory, monitor: Any) -> Any:
+    """Watches from before the first training; None where there is no Prometheus."""
+    return monitor(Path(machine.environment["KINTSUGI_HOME"]), tmp_path_factory.mktemp("monitoring") / "prometheus")
 
 
 @pytest.fixture(scope="module")
@@ -397,3 +406,34 @@ def test_the_dashboard_answers(addresses: dict[str, str]) -> None:
 def test_the_serve_config_file_names_what_the_rooms_hold(machine: Machine) -> None:
     config = yaml.safe_load((machine.root / "serve/application.yaml").read_text())
     assert config["applications"][0]["import_path"] == "kintsugi_serve.app:build"
+
+
+@pytest.mark.usefixtures("trained", "searched")
+def test_every_query_of_every_dashboard_and_rule_has_data(
+    prometheus: Any, monitored: dict[str, str], endpoint: str
+) -> None:
+    if prometheus is None:
+        pytest.skip("there is no prometheus: run 'make prometheus', or install it")
+    flat = imaging.encode(imaging.Image(np.full((64, 64), 90, np.uint8)))
+    answers = [httpx.post(f"{endpoint}/v1/restore", content=flat, timeout=60) for _ in range(3)]
+    assert {answer.headers["X-Kintsugi-Alarm"] for answer in answers} == {"true"}
+    assert httpx.post(f"{endpoint}/v1/restore", content=b"not an image", timeout=60).status_code == 415
+    assert prometheus.unanswered({**monitored, "an alarm": "kintsugi_alarms_total > 0"}) == {}
+    assert {target["health"] for target in prometheus.get("targets")["activeTargets"]} == {"up"}
+    rules = [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
+    assert {rule["health"] for rule in rules} == {"ok"} and len(rules) > 30
+
+
+def test_a_request_leaves_a_trace_of_its_stages(machine: Machine, endpoint: str) -> None:
+    body = imaging.encode(imaging.Image(np.full((32, 32), 90, np.uint8)))
+    httpx.post(f"{endpoint}/v1/restore", content=body, headers={"X-Request-Id": "part-78"}, timeout=60)
+    files = Path(machine.environment["KINTSUGI_TRACES"].removeprefix("file:"))
+    deadline = time.monotonic() + 30
+    while True:
+        spans = [json.loads(line) for file in files.iterdir() for line in file.read_text().splitlines()]
+        ours = {span["context"]["span_id"] for span in spans if span["attributes"].get("request_id") == "part-78"}
+        stages = [span["name"] for span in spans if span["parent_id"] in ours and " " not in span["name"]]
+        if stages == ["decode", "queue", "model", "encode"]:
+            return
+        assert time.monotonic() < deadline, stages
+        time.sleep(0.2)  # polls the files
