@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from kintsugi.errors import IntegrityError, ObjectNotFound, PreconditionFailed, RunInterrupted, StoreUnavailable
 from kintsugi.retry import persist
@@ -239,7 +240,7 @@ def listing(uri: str) -> list[tuple[str, int]]:
     return sorted((info.key, info.size) for info in found if info.key and not info.key.endswith("/"))
 
 
-def create(store: ObjectStore, key: str, data: bytes, patience: Patience = LONG) -> bool:
+def create(store: ObjectStore, key: str, data: bytes | Path, patience: Patience = LONG) -> bool:
     """Whether the object is new. Never replaces one; after a lost answer an own one may count as another's."""
     try:
         persist(lambda: store.put(key, data, if_none_match=True), StoreUnavailable, seconds=patience.seconds)
