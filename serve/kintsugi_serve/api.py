@@ -15,7 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from kintsugi.storage import ObjectStore, open_store, sha256
 from kintsugi_serve.batch_routes import BatchService, build_routes
 from kintsugi_serve.edge import Edge, Metrics, handle_errors
-from kintsugi_serve.jobs import Answer, Backend, Job, LargeJob, LoadedModel, Rejection, Serving
+from kintsugi_serve.jobs import USE_A_BATCH, Answer, Backend, Job, LargeJob, LoadedModel, Rejection, Serving
 from kintsugi_serve.openapi import PROBLEM_RESPONSES, RESTORE_ROUTE, S3_ROUTE
 from kintsugi_serve.pages import page_route
 from kintsugi_serve.places import Places
@@ -152,19 +152,15 @@ class Service:
 
     async def _found(self, request: Request, asked: LargeJob) -> Found:
         """The image passes through this process if it can be held; else a replica takes it from the store itself."""
-        places, target, streams = self._places, asked.target, self._settings.max_streamed_pixels > 0
-        if streams and await asyncio.to_thread(
-            lambda: any(map(places.is_large, filter(None, (asked.image, asked.mask))))
-        ):
-            return await self._found_large(request, asked)
-        image = await asyncio.to_thread(places.read, asked.image)
-        mask = await asyncio.to_thread(places.read, asked.mask) if asked.mask else None
+        places, target, image = self._places, asked.target, b""
         try:
+            image = await asyncio.to_thread(places.read, asked.image)
+            mask = await asyncio.to_thread(places.read, asked.mask) if asked.mask else None
             kept, created = await self._kept(request, Job(image, mask, asked.white_level, asked.model))
         except Refusal as refusal:
-            if refusal.code != "too_large" or not streams:
+            if refusal.code != "too_large" or not self._settings.max_streamed_pixels:
                 raise
-            if not starts_as_tiff(image):
+            if image and not starts_as_tiff(image):
                 raise Refusal("too_large", f"{refusal.detail}; as a TIFF it may be larger") from refusal
             return await self._found_large(request, asked)
         if target:
@@ -173,7 +169,12 @@ class Service:
 
     async def _found_large(self, request: Request, asked: LargeJob) -> Found:
         left = max(request.state.deadline - time.monotonic(), 0.001)
-        answer = await self._backend.restore_large(replace(asked, budget_s=left))
+        try:
+            answer = await self._backend.restore_large(replace(asked, budget_s=left))
+        except Refusal as refusal:
+            if refusal.code != "timeout":
+                raise
+            raise Refusal("timeout", f"not restored within {left:g} s: {USE_A_BATCH}") from refusal
         if isinstance(answer, Rejection):
             raise Refusal(answer.code, answer.detail)
         if answer.answer is not None:

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_BYTES = 2**30
+HELD_BYTES = 2**26
+"""Of a TIFF's file that is held in memory; larger ones pass in strips."""
 _PATIENCE = Patience(seconds=300.0)
 _AWAY = 3
 """Images in a row that the store does not answer for: then it is the store, not the image."""
@@ -161,7 +163,7 @@ def restore_image(bench: Bench, item: Input) -> Line:
     except StoreError as error:
         facts |= _ended("failed", "store_failed", error)
     except Refusal as error:
-        facts |= _ended("refused" if error.code == "not_found" else "failed", error.code, error)
+        facts |= _ended("failed", error.code, error)
     except Exception as error:
         logger.exception("batch %s failed on %s", bench.batch.id, item.key)
         facts |= _ended("failed", "internal", error)
@@ -175,27 +177,35 @@ def _restored(bench: Bench, item: Input, facts: dict[str, Any]) -> dict[str, Any
         checked_key(item.key)
     except StoreError as error:
         return _ended("refused", "bad_key", error)
-    if item.size > bench.max_bytes and not bench.streamed.max_pixels:
-        raise ImageError("too_large", f"{item.size} bytes are more than {bench.max_bytes}: split the image")
-    if item.size <= bench.max_bytes:
-        data = bench.source.get(item.key)
-        facts["input_sha256"] = sha256(data)
-        try:
-            image = imaging.decode(data, white_level=bench.batch.white_level)
-        except ImageError as error:
-            if error.code != "too_large" or not bench.streamed.max_pixels or not starts_as_tiff(data):
-                raise
-        else:
-            answer = bench.model.restore(image)
-            return _written(bench, item, imaging.encode(answer.image), answer.report)
-        del data
+    streams = bench.streamed.max_pixels > 0
+    most = max(bench.max_bytes, bench.streamed.max_bytes if streams else 0)
+    if item.size > most:
+        raise ImageError("too_large", f"{item.size} bytes are more than {most}: split the image")
+    if streams and item.size > min(HELD_BYTES, bench.max_bytes):
+        return _restored_on_disk(bench, item, facts)
+    data = bench.source.get(item.key)
+    facts["input_sha256"] = sha256(data)
+    try:
+        return _restored_whole(bench, item, data)
+    except ImageError as error:
+        if error.code != "too_large" or not streams or not starts_as_tiff(data):
+            raise
+    del data
     return _restored_on_disk(bench, item, facts)
 
 
+def _restored_whole(bench: Bench, item: Input, data: bytes) -> dict[str, Any]:
+    answer = bench.model.restore(imaging.decode(data, white_level=bench.batch.white_level))
+    return _written(bench, item, imaging.encode(answer.image), answer.report)
+
+
 def _restored_on_disk(bench: Bench, item: Input, facts: dict[str, Any]) -> dict[str, Any]:
+    """A TIFF in strips; images of other formats are still held whole, up to `max_bytes`."""
     with scratch_folder(cache_folder() / "scratch") as folder:
         image = fetch(bench.source, item.key, folder / "image", bench.streamed)
         facts["input_sha256"] = image.content.sha256
+        if not image.is_tiff and image.content.size <= bench.max_bytes:
+            return _restored_whole(bench, item, image.path.read_bytes())
         answer = restore_on_disk(bench.model, image, None, bench.batch.white_level, bench.streamed)
         return _written(bench, item, answer.path, answer.report)
 

@@ -5,6 +5,9 @@ from typing import Any, Protocol
 
 from kintsugi_serve.addresses import S3Address
 
+USE_A_BATCH = "restore large images in a batch, which waits as long as it takes"
+"""For whose image is too large to be restored while a client waits."""
+
 
 @dataclass(frozen=True)
 class Job:

@@ -49,7 +49,13 @@ class Fetched:
     """An object on the disk; whoever is done with it deletes it."""
 
     path: Path
+    uri: str
     content: Content
+
+    @property
+    def is_tiff(self) -> bool:
+        with self.path.open("rb") as stream:
+            return starts_as_tiff(stream.read(4))
 
 
 @dataclass(frozen=True)
@@ -64,28 +70,20 @@ class Restored:
 
 
 def fetch(store: ObjectStore, key: str, path: Path, limits: Limits) -> Fetched:
-    """Bring a large TIFF onto the disk; its size is looked at first.
+    """Bring an object onto the disk; its size is looked at first.
 
     Raises:
-        ImageError: `too_large`, also where it is no TIFF, of which larger ones are taken than of other formats.
-        Refusal: `not_found`, or `unavailable` where the disk is too full.
+        ImageError: `too_large`.
+        ObjectNotFound: it is not there.
+        Refusal: `unavailable`, the disk is too full.
     """
     uri = f"{store.uri}/{key}"
-    try:
-        size = store.size(key)
-        if size > limits.max_bytes:
-            raise ImageError("too_large", f"{uri} has {size} bytes, more than {limits.max_bytes}: cut the image")
-        check_space(path.parent, size)
-        store.download(key, path)
-    except ObjectNotFound:
-        raise Refusal("not_found", f"there is no {uri}") from None
-    with path.open("rb") as stream:
-        known = starts_as_tiff(stream.read(4))
-    if not known:
-        raise ImageError(
-            "too_large", f"{uri} has {size} bytes, too many for an image that is no TIFF: save it as TIFF, also a mask"
-        )
-    return Fetched(path, Content.of(path))
+    size = store.size(key)
+    if size > limits.max_bytes:
+        raise ImageError("too_large", f"{uri} has {size} bytes, more than {limits.max_bytes}: cut the image")
+    check_space(path.parent, size)
+    store.download(key, path)
+    return Fetched(path, uri, Content.of(path))
 
 
 def restore_on_disk(
@@ -107,8 +105,13 @@ def restore_on_disk(
         turn: the model's time is passed on before each tile.
 
     Raises:
-        ImageError, Refusal, Abandoned: as `strips_codec.unpack` and `Restorer.restore_strips`.
+        ImageError, Refusal, Abandoned: as `strips_codec.unpack` and `Restorer.restore_strips`; `too_large`, where
+            image or mask are no TIFF, of which larger ones are taken than of other formats.
     """
+    for given in (image, mask):
+        if given and not given.is_tiff:
+            told = f"{given.uri} has {given.content.size} bytes, too many for an image that is no TIFF"
+            raise ImageError("too_large", f"{told}: save it as TIFF, also a mask")
     started = time.perf_counter()
     source = _unpacked(Question(image.path, image.content.sha256, white_level), limits, stop)
     known = _unpacked(Question(mask.path, mask.content.sha256, mask=True), limits, stop) if mask else None
@@ -228,7 +231,10 @@ class LargeImages:
         return LargeAnswer(kept.uri, kept.facts, created, written, answer)
 
     def _fetch(self, address: S3Address, path: Path) -> Fetched:
-        return fetch(self.open_root(address.root), address.key, path, self.limits)
+        try:
+            return fetch(self.open_root(address.root), address.key, path, self.limits)
+        except ObjectNotFound:
+            raise Refusal("not_found", f"there is no {address.uri}") from None
 
     def _write_once(self, address: S3Address, path: Path) -> bool:
         store, key = self.open_root(address.root), address.key

@@ -78,17 +78,6 @@ class Places:
         except ObjectNotFound:
             raise Refusal("not_found", f"there is no {address.uri}") from None
 
-    def is_large(self, address: S3Address) -> bool:
-        """Whether the object has more bytes than `read` takes.
-
-        Raises:
-            Refusal: `not_found`.
-        """
-        try:
-            return self._opened(address.root).size(address.key) > self._max_bytes
-        except ObjectNotFound:
-            raise Refusal("not_found", f"there is no {address.uri}") from None
-
     def write_once(self, address: S3Address, data: bytes) -> bool:
         """Whether the object is new; False where the same bytes were there. Never overwrites other bytes.
 

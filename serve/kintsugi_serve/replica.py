@@ -27,7 +27,7 @@ from kintsugi.errors import (
 )
 from kintsugi.storage import ObjectStore, cache_folder, open_store
 from kintsugi_serve.codec import Decoder
-from kintsugi_serve.jobs import Answer, Job, LargeAnswer, LargeJob, LoadedModel, Rejection, Serving
+from kintsugi_serve.jobs import USE_A_BATCH, Answer, Job, LargeAnswer, LargeJob, LoadedModel, Rejection, Serving
 from kintsugi_serve.large import LargeImages, Turn
 from kintsugi_serve.schemas import Refusal, Settings
 from kintsugi_serve.serving import InService, Loaded, Others, Published, Shelving, Source, list_published, ray_shelving
@@ -202,9 +202,7 @@ class Replica:
                 # Where the caller goes away, the next one still waits for the end: there is one scratch at a time.
                 return await asyncio.shield(work)
         except TimeoutError:
-            return Rejection(
-                "timeout", f"not restored within {job.budget_s:g} s: restore large images in a batch, which has no end"
-            )
+            return Rejection("timeout", f"not restored within {job.budget_s:g} s: {USE_A_BATCH}")
         except KintsugiError as error:
             return _private(_rejection(error))
         finally:

@@ -30,7 +30,7 @@ from kintsugi_serve.api import build_api
 from kintsugi_serve.jobs import Job, LargeJob, LoadedModel, Rejection
 from kintsugi_serve.keys import Key, sha256_of
 from kintsugi_serve.replica import Replica
-from kintsugi_serve.schemas import Settings
+from kintsugi_serve.schemas import Refusal, Settings
 from kintsugi_serve.scratch import scratch_folder
 from kintsugi_serve.serving import Loaded
 from kintsugi_serve.strips_codec import Limits, Question, unpack
@@ -460,3 +460,16 @@ def test_a_large_image_that_nobody_waits_for_leaves_the_model_and_the_disk(
     assert isinstance(answer, Rejection)
     assert answer.code == "timeout" and "batch" in answer.detail
     assert (service.objects(), service.scratch) == ([], [])
+
+
+def test_who_asks_for_too_much_over_http_is_told_of_batches(plant: Callable[..., Plant], restorer: Restorer) -> None:
+    service = plant()
+    _tiff(service.store(ROOT), "in/a.tif", _pixels())
+
+    async def late(job: LargeJob) -> Any:
+        raise Refusal("timeout", f"no answer within {job.budget_s:g} s: send smaller images")
+
+    service.backend.restore_large = late
+    answer = service.ask(input="in/a.tif")
+    assert (answer.status_code, answer.json()["code"]) == (503, "timeout")
+    assert "in a batch" in answer.json()["detail"]
