@@ -231,12 +231,15 @@ class Replica:
 
     async def infer(self, batch: list[Decoded]) -> list[Inferred]:
         """Run the models; what nobody waits for any more is dropped, also halfway through a large image."""
+        async with self._turn:
+            return await self._inferred(batch)
+
+    async def _inferred(self, batch: list[Decoded]) -> list[Inferred]:
         begun = time.perf_counter()
         results: dict[int, Restoration | KintsugiError] = {}
         for loaded in {id(item.loaded): item.loaded for item in batch if item.waiting}.values():
             members = [i for i, item in enumerate(batch) if item.loaded is loaded and item.waiting]
-            async with self._turn:
-                found = await asyncio.to_thread(_restore_batch, loaded, [batch[i] for i in members])
+            found = await asyncio.to_thread(_restore_batch, loaded, [batch[i] for i in members])
             results |= zip(members, found, strict=True)
         spent = _ms_since(begun)
         gone = Abandoned("nobody waits for this image any more")

@@ -371,6 +371,14 @@ def test_a_child_writes_no_more_than_it_announced(tmp_path: Path, hostile: str) 
     assert (tmp_path / "rows").stat().st_size == 64
 
 
+def test_a_child_whose_image_nobody_waits_for_is_ended(tmp_path: Path, hostile: str) -> None:
+    (tmp_path / "large").write_bytes(b"II*\0spin")
+    limits = Limits(target=hostile, ledger=tmp_path / "ledger", decode_timeout_s=3600)
+    with pytest.raises(Abandoned):
+        unpack(Question(tmp_path / "large", "0" * 64), tmp_path / "rows", limits, stop=lambda: True)
+    assert not (tmp_path / "ledger").exists()
+
+
 def test_an_image_that_eats_memory_is_refused(tmp_path: Path, hostile: str) -> None:
     assert _unpacked(tmp_path, b"II*\0nibble", target=hostile, decode_timeout_s=60).code in ("undecodable", "too_large")
 
