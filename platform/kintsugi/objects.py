@@ -109,7 +109,7 @@ class MemoryStore(ObjectStore):
             raise ObjectNotFound(missing(self.uri, key)) from None
 
 
-def create(store: ObjectStore, key: str, data: bytes, look: Callable[[], T], *, seconds: float) -> T | None:
+def create(store: ObjectStore, key: str, data: bytes | Path, look: Callable[[], T], *, seconds: float) -> T | None:
     """None where `data` is the object now; else what `look` says of the one that was there first.
 
     Tried for `seconds`. After a lost answer the object that is found may be the one that was sent.

@@ -75,13 +75,12 @@ class LocalStore(ObjectStore):
 
     def put(self, key: str, data: bytes | Path, *, if_none_match: bool = False, if_match: str | None = None) -> None:
         path = self._path(key)
-        body = data if isinstance(data, bytes) else data.read_bytes()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with self._locked():
-                current = path.read_bytes() if path.exists() else None
+                current = None if not path.exists() else b"" if if_match is None else path.read_bytes()
                 check_condition(current, key, if_none_match, if_match)
-                write_atomically(path, body)
+                write_atomically(path, data)
         except OSError as error:
             raise StoreError(f"cannot write {path} ({error}): check the folder's permissions and free space") from error
 
@@ -185,13 +184,14 @@ class S3Store(ObjectStore):
         if isinstance(data, Path) and not if_none_match and if_match is None:
             self._persist(key, lambda: self._client.upload_file(str(data), self.bucket, self._key(key)))
             return
-        body = data if isinstance(data, bytes) else data.read_bytes()
         condition = {"IfNoneMatch": "*"} if if_none_match else {} if if_match is None else {"IfMatch": if_match}
         if not condition:
-            self._persist(key, lambda: self._client.put_object(Bucket=self.bucket, Key=self._key(key), Body=body))
+            self._persist(key, lambda: self._client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data))
             return
+        # Not by upload_file, which takes no condition; S3 takes up to 5 GiB in one request.
+        opened = data.open("rb") if isinstance(data, Path) else contextlib.nullcontext(data)
         try:
-            with self._errors(key):
+            with self._errors(key), opened as body:
                 self._client.put_object(Bucket=self.bucket, Key=self._key(key), Body=body, **condition)
         except ObjectNotFound as error:  # S3 answers 404, not 412, where IfMatch names an object that is gone
             raise PreconditionFailed(changed(key)) from error
@@ -282,12 +282,16 @@ def store_uri_from_environment() -> str:
     return uri
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside `path` and rename, so that no reader sees half a file."""
+def write_atomically(path: Path, data: bytes | Path) -> None:
+    """Write bytes, or what a file holds, beside `path` and rename, so that no reader sees half a file."""
     part = path.with_name(f"{_OWN}{uuid.uuid4().hex}")
     try:
         with part.open("xb") as stream:
-            stream.write(data)
+            if isinstance(data, Path):
+                with data.open("rb") as source:
+                    shutil.copyfileobj(source, stream, 2**20)
+            else:
+                stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
         part.replace(path)

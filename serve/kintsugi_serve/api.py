@@ -16,13 +16,14 @@ from kintsugi.storage import ObjectStore, open_store, sha256
 from kintsugi_serve.batch_routes import BatchService, build_routes
 from kintsugi_serve.edge import Edge, Metrics, handle_errors
 from kintsugi_serve.exposition import Exposition
-from kintsugi_serve.jobs import Answer, Backend, Job, LoadedModel, Rejection, Serving
+from kintsugi_serve.jobs import USE_A_BATCH, Answer, Backend, Job, LargeJob, LoadedModel, Rejection, Serving
 from kintsugi_serve.openapi import PROBLEM_RESPONSES, RESTORE_ROUTE, S3_ROUTE
 from kintsugi_serve.pages import page_route
 from kintsugi_serve.places import Places
 from kintsugi_serve.requests import DefectMap, Embed, ModelName, Repeats, WhiteLevel, read_job
-from kintsugi_serve.results import Results, StoredResult, result_key
+from kintsugi_serve.results import Results, StoredResult, result_facts, result_key
 from kintsugi_serve.schemas import JsonResult, Refusal, S3Request, S3Result, Settings
+from kintsugi_serve.strips_codec import starts_as_tiff
 
 READY_FOR_S = 10.0
 _FACT_HEADERS = {
@@ -33,6 +34,8 @@ _FACT_HEADERS = {
     "Input-SHA256": "input_sha256",
     "Output-SHA256": "output_sha256",
 }
+Found = tuple[dict[str, Any], str, bool]
+"""The facts of a result, where it is kept, and whether the request made anything."""
 _AUDITED = ("model", "input_sha256", "output_sha256")
 
 
@@ -142,19 +145,49 @@ class Service:
         source = self._places.readable(job.input, prefixes)
         mask = self._places.readable(job.mask, prefixes) if job.mask is not None else None
         target = self._places.writable(job.output, prefixes) if job.output is not None else None
-        image = await asyncio.to_thread(self._places.read, source)
-        mask_bytes = await asyncio.to_thread(self._places.read, mask) if mask else None
-        kept, created = await self._kept(request, Job(image, mask_bytes, job.white_level, job.model))
-        if target:
-            created = await asyncio.to_thread(self._places.write_once, target, kept.image)
-        response.headers.update({f"X-Kintsugi-{name}": kept.facts[key] for name, key in _FACT_HEADERS.items()})
+        asked = LargeJob(request.state.caller.tenant, source, mask, target, job.white_level, job.model)
+        facts, result, created = await self._found(request, asked)
+        response.headers.update({f"X-Kintsugi-{name}": facts[key] for name, key in _FACT_HEADERS.items()})
         return S3Result(
-            output=target.uri if target else kept.uri,
+            output=target.uri if target else result,
             created=created,
-            result=kept.uri,
+            result=result,
             request_id=request.state.request_id,
-            **{name: kept.facts[name] for name in ("model", "digest", "report", "input_sha256", "output_sha256")},
+            **{name: facts[name] for name in ("model", "digest", "report", "input_sha256", "output_sha256")},
         )
+
+    async def _found(self, request: Request, asked: LargeJob) -> Found:
+        """The image passes through this process if it can be held; else a replica takes it from the store itself."""
+        places, target, image = self._places, asked.target, b""
+        try:
+            image = await asyncio.to_thread(places.read, asked.image)
+            mask = await asyncio.to_thread(places.read, asked.mask) if asked.mask else None
+            kept, created = await self._kept(request, Job(image, mask, asked.white_level, asked.model))
+        except Refusal as refusal:
+            if refusal.code != "too_large" or not self._settings.max_streamed_pixels:
+                raise
+            if image and not starts_as_tiff(image):
+                raise Refusal("too_large", f"{refusal.detail}; as a TIFF it may be larger") from refusal
+            return await self._found_large(request, asked)
+        if target:
+            created = await asyncio.to_thread(places.write_once, target, kept.image)
+        return kept.facts, kept.uri, created
+
+    async def _found_large(self, request: Request, asked: LargeJob) -> Found:
+        left = max(request.state.deadline - time.monotonic(), 0.001)
+        try:
+            answer = await self._backend.restore_large(replace(asked, budget_s=left))
+        except Refusal as refusal:
+            if refusal.code != "timeout":
+                raise
+            raise Refusal("timeout", f"not restored within {left:g} s: {USE_A_BATCH}") from refusal
+        if isinstance(answer, Rejection):
+            raise Refusal(answer.code, answer.detail)
+        if answer.answer is not None:
+            self._metrics.restored(answer.answer)
+        facts = answer.facts
+        request.state.audit.update({name: facts[name] for name in _AUDITED}, repeated=answer.answer is None)
+        return facts, answer.result, answer.created if answer.written is None else answer.written
 
     async def _kept(self, request: Request, job: Job) -> tuple[StoredResult, bool]:
         """The result under the address of its question, and whether it was made just now."""
@@ -170,15 +203,7 @@ class Service:
             request.state.audit.update({name: found.facts[name] for name in _AUDITED}, repeated=True)
             return found, False
         answer = await self._restored(request, job)
-        facts = {
-            "model": answer.model.label,
-            "digest": answer.model.digest,
-            "input_sha256": answer.input_sha256,
-            "output_sha256": answer.output_sha256,
-            "retention": f"{answer.retention:.4f}",
-            "alarm": "true" if answer.alarm else "false",
-            "report": answer.report,
-        }
+        facts = result_facts(answer)
         # By the version that answered: another one may have come into service meanwhile.
         return await asyncio.to_thread(self._results().keep, key_for(answer.model.digest), answer.image, facts)
 

@@ -20,9 +20,10 @@ from kintsugi_serve.api import build_api
 from kintsugi_serve.audit import keep_audit
 from kintsugi_serve.batch_run import RunOptions
 from kintsugi_serve.batch_service import RayBatchService
-from kintsugi_serve.jobs import Answer, Job, LoadedModel, Rejection, Serving
+from kintsugi_serve.jobs import Answer, Job, LargeAnswer, LargeJob, LoadedModel, Rejection, Serving
 from kintsugi_serve.replica import Replica
 from kintsugi_serve.schemas import Args, Refusal, Settings
+from kintsugi_serve.strips_codec import Limits
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +44,18 @@ class ReplicaBackend:
         self._handle = handle
         self._by_store = handle.options(method_name="restore")
         self._by_message = handle.options(method_name="restore", _by_reference=False)
+        self._large = handle.options(method_name="restore_large")
         self._timeout_s = timeout_s
 
     async def restore(self, job: Job) -> Answer | Rejection:
-        ends = time.monotonic() + job.budget_s
         handle = self._by_message if len(job.image) + len(job.mask or b"") <= MESSAGE_BYTES else self._by_store
+        return await self._tried(handle, self._by_store, job)
+
+    async def restore_large(self, job: LargeJob) -> LargeAnswer | Rejection:
+        return await self._tried(self._large, self._large, job)
+
+    async def _tried(self, handle: Any, again: Any, job: Job | LargeJob) -> Any:
+        ends = time.monotonic() + job.budget_s
         for left_over in reversed(range(TRIES)):
             budget = max(ends - time.monotonic(), 0.001)
             asked = handle if job.model is None else handle.options(multiplexed_model_id=job.model)
@@ -58,7 +66,7 @@ class ReplicaBackend:
                     raise
                 logger.warning("a replica went away while it worked: another one tries")
                 # The answer may be what did not fit into a message (4 MiB, unless Ray's variables say otherwise).
-                handle = self._by_store
+                handle = again
         raise AssertionError("unreachable")
 
     async def describe(self) -> Serving:
@@ -154,7 +162,8 @@ def bind(args: Args, replica_class: type[Replica] = Replica) -> serve.Applicatio
         graceful_shutdown_timeout_s=args.timeout_s,
         logging_config={"enable_access_log": False},
     )(replica_class)
-    batches = RunOptions(args.max_replicas, args.num_cpus, args.num_gpus, args.threads, args.max_body_bytes)
+    streamed = Limits(args.max_streamed_pixels, args.max_streamed_bytes, args.decode_timeout_s)
+    batches = RunOptions(args.max_replicas, args.num_cpus, args.num_gpus, args.threads, args.max_body_bytes, streamed)
     ingress = serve.deployment(
         name="Ingress",
         num_replicas=args.ingress_replicas,

@@ -75,7 +75,7 @@ class Line(_Record):
 
     `kept`: the output held the same bytes already. `refused`: for a reason that lies in the image, or in what lies at
     its output; `failed`: for another. `code` is that of an ImageError, `bad_key`, `missing`, `conflict`, `poison`,
-    `store_failed`, `store_unavailable` or `internal`. `size` in bytes and
+    `store_failed`, `store_unavailable`, `unavailable` (no room on a disk) or `internal`. `size` in bytes and
     `stamp` as listed, see `ObjectInfo`; `ms` from reading to written.
     """
 

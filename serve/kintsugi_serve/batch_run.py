@@ -7,8 +7,9 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kintsugi import imaging
@@ -21,7 +22,7 @@ from kintsugi.errors import (
     StoreError,
     StoreUnavailable,
 )
-from kintsugi.storage import LONG, ObjectStore, Patience, checked_key, create, open_store, sha256
+from kintsugi.storage import LONG, ObjectStore, Patience, cache_folder, checked_key, create, open_store, sha256
 from kintsugi_serve.batch import (
     Batch,
     Counts,
@@ -31,19 +32,27 @@ from kintsugi_serve.batch import (
     Plan,
 )
 from kintsugi_serve.batch_records import Records
+from kintsugi_serve.large import StripModel, fetch, is_same, restore_on_disk
+from kintsugi_serve.results import Content
+from kintsugi_serve.schemas import Refusal
+from kintsugi_serve.scratch import scratch_folder
+from kintsugi_serve.strips_codec import Limits, starts_as_tiff
 
 if TYPE_CHECKING:
     from kintsugi.restore.restorer import Restoration
+    from kintsugi.trust.report import Report
 
 logger = logging.getLogger(__name__)
 
 MAX_BYTES = 2**30
+HELD_BYTES = 2**26
+"""Of a TIFF's file that is held in memory; larger ones pass in strips."""
 _PATIENCE = Patience(seconds=300.0)
 _AWAY = 3
 """Images in a row that the store does not answer for: then it is the store, not the image."""
 
 
-class Model(Protocol):
+class Model(StripModel, Protocol):
     """What a batch needs of `kintsugi.restore.restorer.Restorer`."""
 
     def restore(self, image: imaging.Image) -> "Restoration": ...
@@ -55,7 +64,8 @@ class RunOptions:
 
     Attributes:
         concurrency: actors at most; each holds one model and one image.
-        max_bytes: of one object.
+        max_bytes: of one object, unless it is restored in strips.
+        streamed: what may be.
     """
 
     concurrency: int = 2
@@ -63,6 +73,7 @@ class RunOptions:
     num_gpus: float = 0.0
     threads: int = 1
     max_bytes: int = MAX_BYTES
+    streamed: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         if self.concurrency < 1 or self.threads < 1:
@@ -103,6 +114,7 @@ class Bench:
     source: ObjectStore
     target: ObjectStore
     max_bytes: int = MAX_BYTES
+    streamed: Limits = field(default_factory=Limits)
 
     @property
     def batch(self) -> Batch:
@@ -150,6 +162,8 @@ def restore_image(bench: Bench, item: Input) -> Line:
         facts |= _ended("failed", "store_unavailable", error)
     except StoreError as error:
         facts |= _ended("failed", "store_failed", error)
+    except Refusal as error:
+        facts |= _ended("failed", error.code, error)
     except Exception as error:
         logger.exception("batch %s failed on %s", bench.batch.id, item.key)
         facts |= _ended("failed", "internal", error)
@@ -163,14 +177,42 @@ def _restored(bench: Bench, item: Input, facts: dict[str, Any]) -> dict[str, Any
         checked_key(item.key)
     except StoreError as error:
         return _ended("refused", "bad_key", error)
-    if item.size > bench.max_bytes:
-        raise ImageError("too_large", f"{item.size} bytes are more than {bench.max_bytes}: split the image")
+    streams = bench.streamed.max_pixels > 0
+    most = max(bench.max_bytes, bench.streamed.max_bytes if streams else 0)
+    if item.size > most:
+        raise ImageError("too_large", f"{item.size} bytes are more than {most}: split the image")
+    if streams and item.size > min(HELD_BYTES, bench.max_bytes):
+        return _restored_on_disk(bench, item, facts)
     data = bench.source.get(item.key)
     facts["input_sha256"] = sha256(data)
+    try:
+        return _restored_whole(bench, item, data)
+    except ImageError as error:
+        if error.code != "too_large" or not streams or not starts_as_tiff(data):
+            raise
+    del data
+    return _restored_on_disk(bench, item, facts)
+
+
+def _restored_whole(bench: Bench, item: Input, data: bytes) -> dict[str, Any]:
     answer = bench.model.restore(imaging.decode(data, white_level=bench.batch.white_level))
-    result, report = imaging.encode(answer.image), answer.report
+    return _written(bench, item, imaging.encode(answer.image), answer.report)
+
+
+def _restored_on_disk(bench: Bench, item: Input, facts: dict[str, Any]) -> dict[str, Any]:
+    """A TIFF in strips; images of other formats are still held whole, up to `max_bytes`."""
+    with scratch_folder(cache_folder() / "scratch") as folder:
+        image = fetch(bench.source, item.key, folder / "image", bench.streamed)
+        facts["input_sha256"] = image.content.sha256
+        if not image.is_tiff and image.content.size <= bench.max_bytes:
+            return _restored_whole(bench, item, image.path.read_bytes())
+        answer = restore_on_disk(bench.model, image, None, bench.batch.white_level, bench.streamed)
+        return _written(bench, item, answer.path, answer.report)
+
+
+def _written(bench: Bench, item: Input, result: bytes | Path, report: "Report") -> dict[str, Any]:
     is_new = create(bench.target, item.key, result, lambda: False, seconds=_PATIENCE.seconds) is None
-    if not is_new and bench.target.get(item.key) != result:
+    if not is_new and not is_same(bench.target, item.key, result):
         where = f"{bench.batch.output}/{item.key}"
         return _ended(
             "refused", "conflict", ConfigError(f"{where} holds something else: remove it, or give another output")
@@ -178,7 +220,7 @@ def _restored(bench: Bench, item: Input, facts: dict[str, Any]) -> dict[str, Any
     return {
         "status": "restored" if is_new else "kept",
         "output": f"{bench.batch.output}/{item.key}",
-        "output_sha256": sha256(result),
+        "output_sha256": Content.of(result).sha256,
         "retention": round(float(report.retention), 6),
         "alarm": bool(report.alarm),
         "abstained": report.abstained,
@@ -219,6 +261,7 @@ def open_bench(store_uri: str, batch: Batch, plan: Plan, options: RunOptions, lo
         open_store(batch.input, _PATIENCE),
         open_store(batch.output, _PATIENCE),
         options.max_bytes,
+        options.streamed.here(),
     )
 
 

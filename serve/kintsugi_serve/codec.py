@@ -30,6 +30,7 @@ from kintsugi_serve.codec_ledger import Ledger
 
 logger = logging.getLogger(__name__)
 
+POISON = "this image ended the decoder twice before and is not tried again: save it anew from its source"
 _INHERITED = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH", "PYTHONHOME")
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TIFFFILE_NUM_THREADS"), "1")
 
@@ -129,10 +130,7 @@ class Decoder:
 
     def _decode(self, slot: "_Slot", job: "_Job") -> Decoded:
         if self._ledger is not None and not self._ledger.empty() and self._ledger.refuses(job.sha256):
-            raise ImageError(
-                "poison",
-                "this image ended the decoder twice before and is not tried again: save it anew from its source",
-            )
+            raise ImageError("poison", POISON)
         for _ in range(2):
             child = self._fill(slot)
             try:
@@ -140,21 +138,24 @@ class Decoder:
             except (OSError, EOFError, ValueError) as error:
                 slot.empty()
                 if (status := self._nursery.end(child)) is not None:
-                    raise self._blame(job, "timeout" if isinstance(error, TimeoutError) else _cause(status)) from error
+                    cause = "timeout" if isinstance(error, TimeoutError) else cause_of(status)
+                    raise blame(self._ledger, job.sha256, len(job.image), cause, self._timeout_s) from error
             else:
                 slot.images, slot.worn = slot.images + 1, reply.worn
                 return reply.decoded()
         raise KintsugiError("the decoder's processes are ended from outside: see whether memory is short")
 
-    def _blame(self, job: "_Job", cause: str) -> ImageError:
-        logger.warning("an image of %d bytes ended its decoder (%s)", len(job.image), cause)
-        if self._ledger is not None:
-            self._ledger.record(job.sha256, cause)
-        if cause == "timeout":
-            return ImageError(
-                "undecodable", f"the image was not decoded within {self._timeout_s:g} s, which ended it: save it anew"
-            )
-        return ImageError("undecodable", f"the image ended its decoder ({cause}): it is damaged, save it anew")
+
+def blame(ledger: Ledger | None, sha256: str, size: int, cause: str, timeout_s: float) -> ImageError:
+    """The refusal of an image of `size` bytes that ended its decoder; the ledger remembers it."""
+    logger.warning("an image of %d bytes ended its decoder (%s)", size, cause)
+    if ledger is not None:
+        ledger.record(sha256, cause)
+    if cause == "timeout":
+        return ImageError(
+            "undecodable", f"the image was not decoded within {timeout_s:g} s, which ended it: save it anew"
+        )
+    return ImageError("undecodable", f"the image ended its decoder ({cause}): it is damaged, save it anew")
 
 
 class Nursery:
@@ -170,17 +171,22 @@ class Nursery:
         self._process: subprocess.Popen[bytes] | None = None
         self.closed = False
 
-    def fork(self) -> "_Child":
-        """A new child. Raises KintsugiError where there is none."""
+    def fork(self, *files: int, file_bytes: int = 0) -> "_Child":
+        """A new child. Raises KintsugiError where there is none.
+
+        Args:
+            files: descriptors of a large image and of where its rows go, for a child that unpacks it.
+            file_bytes: what it may write.
+        """
         with self._lock:
             if self.closed:
                 raise KintsugiError("the decoder is closed: send the image again")
             try:
-                return self._fork()
+                return self._fork(*files, file_bytes=file_bytes)
             except OSError:
                 self._stop()
             try:
-                return self._fork()
+                return self._fork(*files, file_bytes=file_bytes)
             except OSError as error:
                 self._stop()
                 raise KintsugiError(f"the decoder's processes do not start ({error}): see the log") from error
@@ -221,11 +227,11 @@ class Nursery:
                 start_new_session=True,
             )
 
-    def _fork(self) -> "_Child":
+    def _fork(self, *files: int, file_bytes: int) -> "_Child":
         self._process = self._process or self._launch()
         ours, theirs = socket.socketpair()
         with theirs:
-            return _Child(ours, self._ask(b"fork", theirs.fileno()), self._process)
+            return _Child(ours, self._ask(b"fork %d" % file_bytes, theirs.fileno(), *files), self._process)
 
     def _ask(self, message: bytes, *descriptors: int) -> int:
         socket.send_fds(self._control, [message], descriptors)
@@ -352,6 +358,7 @@ class _Slot:
         return child
 
 
-def _cause(status: int) -> str:
+def cause_of(status: int) -> str:
+    """How a process with that wait status ended."""
     code = os.waitstatus_to_exitcode(status)
     return signal.Signals(-code).name if code < 0 else f"exit {code}"

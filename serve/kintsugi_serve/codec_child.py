@@ -4,6 +4,8 @@ The nursery loads the codecs once and never touches an image, so that a child co
 at a time, on one thread, and ends with its parent. It is confined in memory, core dumps and files, and knows
 neither keys nor addresses of the store. That contains what crashes, spins or swallows memory; it is no sandbox
 against code of the image's own, which would still run as the same user.
+
+A child that is forked with two files as well unpacks a large image from the one into the other, and nothing else.
 """
 
 import ctypes
@@ -17,7 +19,9 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,22 +93,29 @@ def memory_needed(max_pixels: int) -> int:
 def main(control: socket.socket, memory_bytes: int, target: str) -> None:
     """The nursery. A message with a socket asks for a child on it and is answered with its process id; a message
     with a process id ends that child and is answered with its wait status.
+
+    With the socket may come two open files and, in the message, the bytes that the child may write.
     """
     signal.signal(
         signal.SIGCHLD, signal.SIG_DFL
     )  # ignored, as a parent may bequeath it, it would hide how children end
     cv2.setNumThreads(1)
     module, _, name = target.partition(":")
-    work: Decode = getattr(importlib.import_module(module), name)
+    work: Any = getattr(importlib.import_module(module), name)
     _load_codecs()
     gc.collect()
     gc.freeze()
     while True:
-        message, sockets, _, _ = socket.recv_fds(control, 32, 1)
+        message, descriptors, _, _ = socket.recv_fds(control, 32, 3)
         if not message:
             return
-        if sockets:
-            answer = _fork(control, socket.socket(fileno=sockets[0]), memory_bytes, work)
+        if descriptors:
+            stream, files = socket.socket(fileno=descriptors[0]), descriptors[1:]
+            serve = partial(work, stream, *files) if files else partial(_serve, stream, work)
+            answer = _fork(control, memory_bytes, int(message.partition(b" ")[2] or 0), serve)
+            stream.close()
+            for file in files:
+                os.close(file)
         else:
             os.kill(int(message), signal.SIGKILL)
             answer = os.waitpid(int(message), 0)[1]
@@ -120,21 +131,20 @@ def _load_codecs() -> None:
         imaging.decode_mask(imaging.encode(imaging.Image(grey, kind)))
 
 
-def _fork(control: socket.socket, stream: socket.socket, memory_bytes: int, work: Decode) -> int:
+def _fork(control: socket.socket, memory_bytes: int, file_bytes: int, serve: Callable[[], None]) -> int:
     nursery = os.getpid()
     child = os.fork()
     if child:
-        stream.close()
         return child
     try:
         control.close()
-        _confine(nursery, memory_bytes)
-        _serve(stream, work)
+        _confine(nursery, memory_bytes, file_bytes)
+        serve()
     finally:
         os._exit(0)
 
 
-def _confine(nursery: int, memory_bytes: int) -> None:
+def _confine(nursery: int, memory_bytes: int, file_bytes: int) -> None:
     prctl = ctypes.CDLL(None).prctl
     prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
@@ -146,7 +156,7 @@ def _confine(nursery: int, memory_bytes: int) -> None:
     # Where the machine runs out of memory, this process is to go, and not the one that holds the model.
     Path("/proc/self/oom_score_adj").write_text("1000")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     most = _memory()[0] + memory_bytes
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
@@ -184,10 +194,17 @@ def _answer(stream: socket.socket, job: dict[str, Any], work: Decode) -> tuple[d
 def _decode(stream: socket.socket, job: dict[str, Any], work: Decode) -> Decoded:
     image = _receive(stream, job["image"])
     mask = None if job["mask"] is None else _receive(stream, job["mask"])
-    try:
+    with as_image_errors():
         most = resource.getrlimit(resource.RLIMIT_AS)[1]
         resource.setrlimit(resource.RLIMIT_AS, (min(_memory()[0] + memory_needed(job["max_pixels"]), most), most))
         return work(image, mask, job["white_level"], job["max_pixels"])
+
+
+@contextmanager
+def as_image_errors() -> Generator[None]:
+    """Whatever reading foreign bytes raises, as an ImageError."""
+    try:
+        yield
     except ImageError:
         raise
     except MemoryError as error:

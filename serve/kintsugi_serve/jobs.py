@@ -3,6 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from kintsugi_serve.addresses import S3Address
+
+USE_A_BATCH = "restore large images in a batch, which waits as long as it takes"
+"""For whose image is too large to be restored while a client waits."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -79,6 +84,41 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class LargeJob:
+    """An image to restore from S3 to S3 that is too large to be sent or held.
+
+    The addresses were checked: they lie below the prefixes of `tenant`, for whom the result is kept.
+    """
+
+    tenant: str
+    image: S3Address
+    mask: S3Address | None = None
+    target: S3Address | None = None
+    white_level: int | None = None
+    model: str | None = None
+    budget_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class LargeAnswer:
+    """A large image that was restored.
+
+    Attributes:
+        result: where it is kept.
+        facts: what is kept beside it, see `results.result_facts`.
+        created: whether it was made just now.
+        written: whether it was written to the job's target just now; None where there is none.
+        answer: what was said of it, without the image; None where it was there.
+    """
+
+    result: str
+    facts: dict[str, Any]
+    created: bool
+    written: bool | None = None
+    answer: Answer | None = None
+
+
+@dataclass(frozen=True)
 class Rejection:
     """Why an image was not restored: a code of the table of problems, and a sentence."""
 
@@ -90,6 +130,8 @@ class Backend(Protocol):
     """What the API needs of the replicas. Raises Refusal where none can answer."""
 
     async def restore(self, job: Job) -> Answer | Rejection: ...
+
+    async def restore_large(self, job: LargeJob) -> LargeAnswer | Rejection: ...
 
     async def describe(self) -> Serving: ...
 

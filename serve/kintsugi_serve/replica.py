@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -21,13 +22,16 @@ from kintsugi.errors import (
     IntegrityError,
     KintsugiError,
     ModelNotFound,
+    StoreError,
     StoreUnavailable,
 )
-from kintsugi.storage import cache_folder
+from kintsugi.storage import ObjectStore, cache_folder, open_store
 from kintsugi_serve.codec import Decoder
-from kintsugi_serve.jobs import Answer, Job, LoadedModel, Rejection, Serving
+from kintsugi_serve.jobs import USE_A_BATCH, Answer, Job, LargeAnswer, LargeJob, LoadedModel, Rejection, Serving
+from kintsugi_serve.large import LargeImages, Turn
 from kintsugi_serve.schemas import Refusal, Settings
 from kintsugi_serve.serving import InService, Loaded, Others, Published, Shelving, Source, list_published, ray_shelving
+from kintsugi_serve.strips_codec import Limits
 from kintsugi_serve.traces import tell_stages
 
 if TYPE_CHECKING:
@@ -39,6 +43,7 @@ _CODES: dict[type[KintsugiError], str] = {
     ModelNotFound: "not_found",
     ConfigError: "bad_request",
     StoreUnavailable: "store_unavailable",
+    StoreError: "store_failed",
     IntegrityError: "store_failed",
 }
 
@@ -132,6 +137,7 @@ class Replica:
         shelving: Shelving | None = None,
         source: Source | None = None,
         decoder: Decoding | None = None,
+        open_root: Callable[[str], ObjectStore] = open_store,
     ) -> None:
         import torch
 
@@ -143,6 +149,8 @@ class Replica:
         self._decoder = decoder or decoder_of(settings)
         self._infer_one = (batching or batching_of(settings))(self.infer)
         self._following: asyncio.Task[None] | None = None
+        self._turn, self._one_large = asyncio.Lock(), asyncio.Lock()
+        self._large = large_images(settings, open_root)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Answer with `user_config["model"]` from now on, and follow it where it is an alias.
@@ -185,6 +193,28 @@ class Replica:
         except KintsugiError as error:
             return _rejection(error)
 
+    async def restore_large(self, job: LargeJob) -> LargeAnswer | Rejection:
+        """Restore from S3 to S3 by way of the disk, one image at a time; others pass the model meanwhile."""
+        gone = threading.Event()
+        work = asyncio.create_task(self._restored_large(job, gone.is_set))
+        work.add_done_callback(_heard)
+        try:
+            async with asyncio.timeout(job.budget_s):
+                # Where the caller goes away, the next one still waits for the end: there is one scratch at a time.
+                return await asyncio.shield(work)
+        except TimeoutError:
+            return Rejection("timeout", f"not restored within {job.budget_s:g} s: {USE_A_BATCH}")
+        except KintsugiError as error:
+            return _private(_rejection(error))
+        finally:
+            gone.set()
+
+    async def _restored_large(self, job: LargeJob, gone: Callable[[], bool]) -> LargeAnswer:
+        async with self._one_large:
+            loaded = self._service.loaded if job.model is None else await self._others.get(job.model)
+            turn = Turn(self._turn)
+            return await asyncio.to_thread(self._large.restore, job, loaded.version, loaded.model, gone, turn)
+
     async def _restored(self, job: Job) -> Answer:
         loaded = self._service.loaded if job.model is None else await self._others.get(job.model)
         started = time.perf_counter()
@@ -204,6 +234,10 @@ class Replica:
 
     async def infer(self, batch: list[Decoded]) -> list[Inferred]:
         """Run the models; what nobody waits for any more is dropped, also halfway through a large image."""
+        async with self._turn:
+            return await self._inferred(batch)
+
+    async def _inferred(self, batch: list[Decoded]) -> list[Inferred]:
         begun = time.perf_counter()
         results: dict[int, Restoration | KintsugiError] = {}
         for loaded in {id(item.loaded): item.loaded for item in batch if item.waiting}.values():
@@ -230,6 +264,25 @@ def _restore_batch(loaded: Loaded, batch: list[Decoded]) -> "list[Restoration | 
             return [result for item in batch for result in _restore_batch(loaded, [item])]
         logger.exception("the model failed on an image of %s", batch[0].image.pixels.shape)
         return [KintsugiError(f"the model failed on this image ({type(error).__name__}): report the request id")]
+
+
+def large_images(settings: Settings, open_root: Callable[[str], ObjectStore] = open_store) -> LargeImages:
+    limits = Limits(settings.max_streamed_pixels, settings.max_streamed_bytes, settings.decode_timeout_s)
+    return LargeImages(settings.store, open_root, limits.here(), cache_folder() / "scratch")
+
+
+def _heard(work: "asyncio.Task[LargeAnswer]") -> None:
+    """Else asyncio would complain of an error that a caller who went away never heard."""
+    if not work.cancelled():
+        work.exception()
+
+
+def _private(rejection: Rejection) -> Rejection:
+    """What a store says of itself is for its operator."""
+    if not rejection.code.startswith("store_"):
+        return rejection
+    logger.error("a large image was not restored: %s", rejection.detail)
+    return Rejection(rejection.code, "the object store refused or failed: try again, or ask the operator")
 
 
 def _rejection(error: KintsugiError) -> Rejection:

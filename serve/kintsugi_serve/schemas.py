@@ -74,6 +74,12 @@ class Settings(BaseModel):
     audit_folder: str | None = Field(default=None, description="takes a JSON line a request; none: standard output")
     max_body_bytes: int = Field(default=64 * 2**20, ge=1024)
     max_pixels: int = Field(default=MAX_PIXELS, ge=1)
+    max_streamed_bytes: int = Field(
+        default=2**32, ge=1024, le=5 * 10**9, description="of a larger TIFF in S3, and of its pixels, unpacked"
+    )
+    max_streamed_pixels: int = Field(
+        default=2**30, ge=0, description="of a larger TIFF in S3, which is restored in strips; 0: none is"
+    )
     decoders: int = Field(default=2, ge=1, description="processes of a replica that decode, for nothing else")
     decode_timeout_s: float = Field(default=20, gt=0, description="for one image, before its process is ended")
     timeout_s: float = Field(default=60, gt=0, description="until the ingress gives up on a replica")

@@ -16,6 +16,7 @@ from kintsugi import imaging
 from kintsugi.errors import IntegrityError, KintsugiError, ModelNotFound, StoreError
 from kintsugi.storage import cache_folder, open_store, write_atomically
 from kintsugi_serve.jobs import LoadedModel, RefusedModel, Serving
+from kintsugi_serve.large import StripModel
 from kintsugi_serve.schemas import Settings
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Model(Protocol):
+class Model(StripModel, Protocol):
     """What a replica needs of `kintsugi.restore.restorer.Restorer`."""
 
     def restore_batch(

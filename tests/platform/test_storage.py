@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import boto3
@@ -83,6 +84,16 @@ def test_create_only_refuses_a_key_that_exists_and_keeps_its_object(store: Objec
     with pytest.raises(PreconditionFailed):
         store.put("k", b"second", if_none_match=True)
     assert store.get("k") == b"first"
+
+
+def test_a_file_is_created_as_bytes_are(store: ObjectStore, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(range(256)) * 5000)
+    store.put("k", tmp_path / "file", if_none_match=True)
+    assert store.get("k") == (tmp_path / "file").read_bytes()
+    (tmp_path / "file").write_bytes(b"second")
+    with pytest.raises(PreconditionFailed):
+        store.put("k", tmp_path / "file", if_none_match=True)
+    assert store.size("k") == 256 * 5000
 
 
 def test_exactly_one_of_eight_creators_wins(store: ObjectStore) -> None:
@@ -270,6 +281,19 @@ def test_s3_keys_lie_below_the_prefix_and_conditions_travel_as_headers() -> None
         store.put("a/b", b"x", if_match='"tag"')
         store.put("a/b", b"x")
         stub.assert_no_pending_responses()
+
+
+def test_s3_sends_a_file_from_the_disk_also_under_a_condition(tmp_path: Path) -> None:
+    store = S3Store("s3://bucket/root", AT_ONCE)
+    sent: list[tuple[bool, bytes, str]] = []
+
+    def put_object(**asked: Any) -> None:
+        sent.append((isinstance(asked["Body"], bytes), asked["Body"].read(), asked["IfNoneMatch"]))
+
+    store.__dict__["_client"] = SimpleNamespace(put_object=put_object)
+    (tmp_path / "file").write_bytes(b"large")
+    store.put("k", tmp_path / "file", if_none_match=True)
+    assert sent == [(False, b"large", "*")]
 
 
 def test_s3_reads_bytes_and_etag() -> None:

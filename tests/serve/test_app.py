@@ -14,8 +14,9 @@ from ray.serve.schema import ServeDeploySchema
 from kintsugi.errors import ModelNotFound
 from kintsugi.registry import Registry
 from kintsugi.storage import LocalStore
+from kintsugi_serve.addresses import S3Address
 from kintsugi_serve.app import MESSAGE_BYTES, ReplicaBackend, build
-from kintsugi_serve.jobs import Job, LoadedModel, Serving
+from kintsugi_serve.jobs import Job, LargeAnswer, LargeJob, LoadedModel, Serving
 from kintsugi_serve.schemas import Args, Refusal
 
 CONFIG = Path(__file__).parents[2] / "serve" / "application.yaml"
@@ -119,6 +120,24 @@ def test_work_whose_replica_died_is_done_by_another_one() -> None:
     assert asyncio.run(ReplicaBackend(handle, 1).restore(Job(b"x"))) is answers[-1]
     assert len(tried) == 3
     assert tried[2].budget_s <= tried[0].budget_s <= Job(b"x").budget_s
+
+
+def test_a_large_image_whose_replica_died_is_restored_by_another_one() -> None:
+    answers = [ActorDiedError(), LargeAnswer("s3://plant/kintsugi/results/x", {}, created=True)]
+    asked: list[dict[str, Any]] = []
+
+    class Dying:
+        def options(self, **options: Any) -> "Dying":
+            asked.append(options)
+            return self
+
+        def remote(self, job: LargeJob) -> FakeResponse:
+            return FakeResponse(answers.pop(0))
+
+    handle: Any = Dying()
+    job = LargeJob("local", S3Address("s3://plant", "a.tif"), model="unet@2")
+    assert isinstance(asyncio.run(ReplicaBackend(handle, 1).restore_large(job)), LargeAnswer)
+    assert {"method_name": "restore_large"} in asked and {"multiplexed_model_id": "unet@2"} in asked
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Planning, restoring block by block, the ledger and progress, without Ray."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,14 +10,16 @@ import pytest
 
 from kintsugi import imaging
 from kintsugi.errors import ConfigError, IntegrityError, ObjectNotFound, RunInterrupted, StoreUnavailable
-from kintsugi.restore.restorer import Restoration
+from kintsugi.registry import ModelVersion
+from kintsugi.restore.restorer import Restoration, Restorer, RestoreSettings
 from kintsugi.storage import LocalStore, MemoryStore, sha256
 from kintsugi.trust.report import Report
-from kintsugi_serve import batch_records
+from kintsugi_serve import batch_records, batch_run
 from kintsugi_serve.batch import Batch, Counts, Input, Line, list_batches, load_batch, make_batch
 from kintsugi_serve.batch_records import TRIES, Records
 from kintsugi_serve.batch_run import Bench, restore_block, restore_image
 from kintsugi_serve.jobs import LoadedModel
+from kintsugi_serve.strips_codec import Limits
 
 MODEL = LoadedModel("unet", 3, "d" * 64)
 
@@ -82,6 +85,12 @@ def records(store: LocalStore, raw: LocalStore, clean: LocalStore) -> Records:
     records = Records(store, make_batch(store.uri, "local", raw.uri, clean.uri, MODEL))
     records.save()
     return records
+
+
+@pytest.fixture
+def strips_model(tmp_path: Path, publish: Callable[..., ModelVersion]) -> Restorer:
+    publish(LocalStore(tmp_path / "models"), tmp_path / "checkpoint")
+    return Restorer.from_checkpoint(tmp_path / "checkpoint", settings=RestoreSettings(tile=64, halo=16))
 
 
 @pytest.fixture(autouse=True)
@@ -199,6 +208,76 @@ def test_what_is_wrong_with_one_image_is_its_own_line(records: Records, raw: Loc
 def test_a_white_level_is_that_of_every_image(store: LocalStore, raw: LocalStore, clean: LocalStore) -> None:
     records = Records(store, make_batch(store.uri, "local", raw.uri, clean.uri, MODEL, white_level=90))
     assert {line.code for line in _run(records).values()} == {"over_white_level"}
+
+
+def _tiff(store: LocalStore, key: str, pixels: np.ndarray) -> bytes:
+    store.put(key, imaging.encode(imaging.Image(pixels, "tiff", 255, (("compression", "none"),))))
+    return store.get(key)
+
+
+def _large(records: Records, model: object, **limits: int) -> Bench:
+    """A bench for which images of more than 2 kB are large."""
+    return replace(_bench(records), model=model, max_bytes=2048, streamed=Limits(**limits))
+
+
+def test_an_image_too_large_to_be_held_is_restored_in_strips(
+    records: Records, raw: LocalStore, clean: LocalStore, strips_model: Restorer
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (400, 60)).astype(np.uint8)
+    data = _tiff(raw, "a/long.tif", pixels)
+    bench, item = _large(records, strips_model), Input(0, "a/long.tif", len(data))
+    first, again = restore_image(bench, item), restore_image(bench, item)
+    assert (first.status, again.status) == ("restored", "kept")
+    restored = clean.get("a/long.tif")
+    assert first.input_sha256 == sha256(data) and first.output_sha256 == again.output_sha256 == sha256(restored)
+    whole = strips_model.restore(imaging.decode(data))
+    np.testing.assert_array_equal(imaging.decode(restored).pixels, whole.image.pixels)
+    assert first.retention == round(whole.report.retention, 6)
+    clean.put("a/long.tif", b"mine")
+    assert restore_image(bench, item).code == "conflict" and clean.get("a/long.tif") == b"mine"
+
+
+def test_a_large_image_that_cannot_be_restored_in_strips_is_a_line(
+    records: Records, raw: LocalStore, strips_model: Restorer
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (400, 60)).astype(np.uint8)
+    raw.put("a/long.png", imaging.encode(imaging.Image(pixels)))
+    size = len(_tiff(raw, "a/long.tif", pixels))
+    asked: list[tuple[str, dict[str, int]]] = [
+        ("a/long.png", {}),
+        ("a/long.tif", {"max_pixels": 1000}),
+        ("a/long.tif", {"max_pixels": 0}),
+        ("a/long.tif", {"max_bytes": 1000}),
+        ("a/none.tif", {}),
+    ]
+    found = [restore_image(_large(records, strips_model, **limits), Input(0, key, size)) for key, limits in asked]
+    assert [line.status for line in found] == ["refused"] * 5
+    assert [line.code for line in found] == ["too_large"] * 4 + ["missing"]
+    assert "save it as TIFF" in str(found[0].detail)
+
+
+def test_a_tiff_of_many_bytes_passes_in_strips_and_other_images_are_held(
+    records: Records, raw: LocalStore, strips_model: Restorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_run, "HELD_BYTES", 2048)
+    pixels = np.random.default_rng(0).integers(0, 256, (400, 60)).astype(np.uint8)
+    _tiff(raw, "a/long.tif", pixels)
+    raw.put("a/long.png", imaging.encode(imaging.Image(pixels)))
+    ways: list[str] = []
+
+    class Told:
+        def restore(self, image: imaging.Image) -> object:
+            ways.append("whole")
+            return strips_model.restore(image)
+
+        def restore_strips(self, *words: object, **options: object) -> object:
+            ways.append("strips")
+            return strips_model.restore_strips(*words, **options)  # type: ignore[arg-type]
+
+    bench = replace(_bench(records), model=Told())  # type: ignore[arg-type]
+    for number, key in enumerate(("a/long.tif", "a/long.png")):
+        assert restore_image(bench, Input(number, key, raw.size(key))).status == "restored"
+    assert ways == ["strips", "whole"]
 
 
 def test_a_round_that_was_killed_goes_on_with_what_has_no_line(records: Records, clean: LocalStore) -> None:
