@@ -25,11 +25,21 @@ demo: $(STAMP) ## Go the whole way on this machine; ARGS= for 'kintsugi demo'
 .PHONY: test
 test: $(STAMP) ## Run the tests; ARGS= for pytest
 	@infra/gateway/get-nginx > /dev/null || echo "warning: the tests of the gateway are skipped" >&2
+	@infra/kuberay/get-kubectl > /dev/null || echo "warning: the tests of the KubeRay manifests are skipped" >&2
+	@infra/monitoring/get-prometheus > /dev/null || echo "warning: the tests of the monitoring are skipped" >&2
 	$(BIN)/pytest $(ARGS)
 
 .PHONY: nginx
 nginx: ## Unpack Debian's nginx into .kintsugi, unless there is one already
 	@infra/gateway/get-nginx
+
+.PHONY: kubectl
+kubectl: ## Unpack Debian's kubectl into .kintsugi, unless there is one already
+	@infra/kuberay/get-kubectl
+
+.PHONY: prometheus
+prometheus: ## Unpack Debian's prometheus into .kintsugi, unless there is one already
+	@infra/monitoring/get-prometheus
 
 .PHONY: check
 check: $(STAMP) ## Lint, format, types, import arrows
@@ -69,6 +79,10 @@ bench-serve: $(STAMP) ## Measure the service against other servers, overloaded, 
 bench-large: $(STAMP) ## Measure the memory and disk that an image of 8192 x 51200 px takes; ARGS="--height 5120" shortens it
 	$(BIN)/python tests/benchmarks/bench_large.py $(ARGS)
 
+.PHONY: bench-submit
+bench-submit: $(STAMP) ## Measure how soon a submitted job speaks, on a stack of its own; ARGS="--repeats 3" shortens it
+	$(BIN)/python tests/benchmarks/bench_submit.py $(ARGS)
+
 .PHONY: chaos-serve
 chaos-serve: $(STAMP) nginx ## Kill, spoil and starve a service under load; ARGS="--requests 500 --rollouts 3" shortens it
 	$(BIN)/python tests/benchmarks/chaos_serve.py $(ARGS)
@@ -77,6 +91,15 @@ chaos-serve: $(STAMP) nginx ## Kill, spoil and starve a service under load; ARGS
 .PHONY: chaos-train
 chaos-train: $(STAMP) ## Kill workers, nodes, drivers and writers of a training; ARGS="--kills 3 --writers 10" shortens it
 	$(BIN)/python tests/benchmarks/chaos_train.py $(ARGS)
+
+.PHONY: wheel
+wheel: $(STAMP) ## Build the wheel that nodes and images install, in dist
+	rm -f dist/kintsugi-*.whl
+	$(BIN)/uv build --quiet --wheel --no-build-isolation --python $(BIN)/python --out-dir dist
+
+.PHONY: image-check
+image-check: wheel ## Run the Dockerfile's steps in a folder of Debian, as root, with debootstrap; GBs of disk
+	$(BIN)/python infra/docker/try_install.py
 
 .PHONY: down
 down: $(STAMP) ## Stop the local stack

@@ -26,6 +26,7 @@ COMMANDS: Table = {
     ),
     "down": ("kintsugi.commands.stack:down", "Stop exactly what 'kintsugi up' started."),
     "status": ("kintsugi.commands.stack:status", "Print every address of the local stack and what runs."),
+    "doctor": ("kintsugi.commands.doctor:doctor", "Say what is open, missing or old, and how to mend it."),
     "demo": (
         "kintsugi.demo:demo",
         "Go the whole way on this machine: data, training, search, endpoint, one restored image.",
@@ -50,11 +51,16 @@ COMMANDS: Table = {
     "export": ("kintsugi.commands.export:export", "Write a model as ONNX, for HALCON, OpenVINO, TensorRT and others."),
     "serve": ("kintsugi_serve.commands:serve", "Serve a model over HTTP with Ray Serve."),
     "serve key": ("kintsugi_serve.commands:key", "Make a key for callers of the service."),
+    "submit": ("kintsugi.commands.submit:submit", "Run a verb as a job on the Ray cluster, and follow it."),
+    "jobs list": ("kintsugi.commands.jobs:list_", "List the jobs of the cluster."),
+    "jobs logs": ("kintsugi.commands.jobs:logs", "Show the log of a job until it has ended."),
+    "jobs stop": ("kintsugi.commands.jobs:stop", "End a job."),
     "batch": ("kintsugi_serve.batch_commands:batch", "Restore every image under a prefix, with a ledger."),
 }
 GROUPS = {
     "data": "Datasets: build and inspect.",
     "detector": "What judges whether defects can be found.",
+    "jobs": "Jobs on the cluster: list, follow, stop.",
     "models": "The registry: list, show, promote, roll back.",
 }
 _VERBOSE = "kintsugi.verbose"

@@ -17,6 +17,7 @@ KintsugiError
 ├── TrainingError          a training run or a search did not finish
 │   └── RunInterrupted     what it ran on failed; begun again, it goes on
 └── StackError             the local stack, or the cluster, is not in the needed state
+    └── ClusterUnreachable the cluster did not answer; trying again may help
 """
 
 
@@ -97,3 +98,7 @@ class RunInterrupted(TrainingError):
 
 class StackError(KintsugiError):
     """The local stack, or the cluster, is not in the needed state."""
+
+
+class ClusterUnreachable(StackError):
+    """The cluster did not answer; trying again may help."""

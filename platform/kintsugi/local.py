@@ -8,13 +8,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import astuple, fields
 from pathlib import Path
 
-from kintsugi import processes
+from kintsugi import doors, inner_tls, processes
 from kintsugi.errors import StackError
 from kintsugi.stack import (
     Ports,
@@ -56,7 +54,8 @@ def up(
     home = home.expanduser().resolve()
     with _locked(home):
         _refuse_a_second(find(home), home)
-        store = own_store()
+        if (store := own_store()) is not None:
+            doors.check_store(store)
         ports = _chosen(ports or Ports(), with_s3=store is None, progress=progress)
         try:
             save(home, _planned(ports, store))
@@ -156,7 +155,7 @@ def _start(home: Path, ports: Ports, cpus: int | None, progress: Progress) -> St
     if stack.s3_endpoint:
         write_credentials(home)
         progress(f"starting an S3 server at {stack.s3_endpoint}")
-        _launch(home, "s3", _s3_command(home, stack.scratch, ports.s3, inner[:7]), _s3_environment())
+        _launch(home, "s3", _s3_command(home, stack.scratch, ports.s3, inner[:7]), _s3_environment(stack.scratch))
     else:
         progress(f"KINTSUGI_STORE names {stack.store_uri}: no S3 server is started")
     progress(f"starting a Ray head with its dashboard at {stack.dashboard}")
@@ -180,6 +179,8 @@ def _s3_command(home: Path, scratch: Path, port: int, inner: Sequence[int]) -> l
         "server",
         f"-dir={data}",
         *("-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"),
+        # The master's and the filer's HTTP, which nothing here uses, would delete a bucket for whoever asks.
+        *("-disableHttp", "-filer.disableHttp"),
         *("-master.volumeSizeLimitMB=1024", "-volume.max=0", "-volume.preStopSeconds=0"),
         *(f"-master.port={master}", f"-master.port.grpc={master_grpc}"),
         *(f"-volume.port={volume}", f"-volume.port.grpc={volume_grpc}"),
@@ -189,11 +190,15 @@ def _s3_command(home: Path, scratch: Path, port: int, inner: Sequence[int]) -> l
     ]
 
 
-def _s3_environment() -> dict[str, str]:
-    """Keys without which SeaweedFS's inner HTTP ports would give and take any object without a credential."""
+def _s3_environment(scratch: Path) -> dict[str, str]:
+    """Keys without which SeaweedFS's inner ports would give and take any object without a credential.
+
+    The certificate for those that speak gRPC is written to `scratch`.
+    """
     keys = ("SIGNING", "SIGNING_READ", "FILER_SIGNING", "FILER_SIGNING_READ")
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "WEED_", "S3_"))}
-    return ours | {f"WEED_JWT_{key}_KEY": secrets.token_hex(32) for key in keys}
+    signing = {f"WEED_JWT_{key}_KEY": secrets.token_hex(32) for key in keys}
+    return ours | signing | inner_tls.grpc_environment(scratch)
 
 
 def _ray_command(scratch: Path, ports: Ports, inner: Sequence[int], cpus: int | None) -> list[str]:
@@ -213,6 +218,10 @@ def _head_environment(stack: Stack, home: Path, inner: Sequence[int]) -> dict[st
     """`python` in a job is this Python; a stopping head does not wait for its jobs."""
     variables = _with_stack(stack, home)
     variables.pop("RAY_ADDRESS")
+    if "KINTSUGI_TRACES" in variables:
+        variables.setdefault("RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH", "kintsugi_serve.traces:exporters")
+        variables.setdefault("RAY_SERVE_TRACING_SAMPLING_RATIO", "1")
+        variables.setdefault("OTEL_SERVICE_NAME", "kintsugi")
     return variables | {
         "AUTOSCALER_METRIC_PORT": str(inner[11]),
         "DASHBOARD_METRIC_PORT": str(inner[12]),
@@ -269,27 +278,14 @@ def _create_bucket(stack: Stack, home: Path) -> None:
 def _head_is_ready(dashboard: str, gcs: int, token: str) -> bool:
     if not processes.accepts(gcs):
         return False
-    answer = _get(f"{dashboard}/nodes?view=summary", token)
-    return answer is not None and answer[0] == 200 and b'"ALIVE"' in answer[1]
+    answer = doors.ask(f"{dashboard}/nodes?view=summary", token)
+    return answer is not None and answer.status == 200 and b'"ALIVE"' in answer.body
 
 
 def _answers(url: str) -> bool:
     """Whether an HTTP server is there and does not fail; a refusal for want of a credential is an answer."""
-    answer = _get(url)
-    return answer is not None and answer[0] < 500
-
-
-def _get(url: str, token: str = "") -> tuple[int, bytes] | None:
-    """Status and body, past any proxy; None if nothing answers."""
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(request, timeout=5) as answer:
-            return answer.status, answer.read()
-    except urllib.error.HTTPError as error:
-        return error.code, b""
-    except OSError:
-        return None
+    answer = doors.ask(url)
+    return answer is not None and answer.status < 500
 
 
 def _stop(home: Path, progress: Progress) -> list[str]:

@@ -3,19 +3,24 @@
 import hashlib
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
-from kintsugi.errors import ObjectNotFound, PreconditionFailed, StoreError
+from kintsugi.errors import ObjectNotFound, PreconditionFailed, StoreError, StoreUnavailable
+from kintsugi.retry import persist
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """What a listing knows of an object. `size` in bytes."""
+    """What a listing knows of an object: `size` in bytes, and a `stamp` that is another one once it was replaced."""
 
     key: str
     size: int
+    stamp: str = field(default="", compare=False)
 
 
 class ObjectStore(ABC):
@@ -84,9 +89,9 @@ class MemoryStore(ObjectStore):
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         start = checked_prefix(prefix)
         with self._lock:
-            found = {key: len(data) for key, data in self._objects.items() if key.startswith(start)}
+            found = {key: data for key, data in self._objects.items() if key.startswith(start)}
         for key in sorted(found):
-            yield ObjectInfo(key, found[key])
+            yield ObjectInfo(key, len(found[key]), sha256(found[key]))
 
     def size(self, key: str) -> int:
         return len(self._object(key))
@@ -102,6 +107,23 @@ class MemoryStore(ObjectStore):
             return self._objects[checked_key(key)]
         except KeyError:
             raise ObjectNotFound(missing(self.uri, key)) from None
+
+
+def create(store: ObjectStore, key: str, data: bytes | Path, look: Callable[[], T], *, seconds: float) -> T | None:
+    """None where `data` is the object now; else what `look` says of the one that was there first.
+
+    Tried for `seconds`. After a lost answer the object that is found may be the one that was sent.
+    """
+
+    def once() -> T | None:
+        try:
+            store.put(key, data, if_none_match=True)
+        except PreconditionFailed:
+            return look()
+        return None
+
+    # S3 also refuses one of two that write at the same time (409), and the other may not be done yet, or fail.
+    return persist(lambda: persist(once, ObjectNotFound, seconds=seconds, first=0.1), StoreUnavailable, seconds=seconds)
 
 
 def sha256(data: bytes) -> str:

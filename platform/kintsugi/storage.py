@@ -27,6 +27,7 @@ from kintsugi.objects import (
     check_condition,
     checked_key,
     checked_prefix,
+    create,
     missing,
     sha256,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "cache_folder",
     "checked_key",
     "checked_prefix",
+    "create",
     "open_store",
     "sha256",
     "store_uri_from_environment",
@@ -88,7 +90,8 @@ class LocalStore(ObjectStore):
             if key.startswith(prefix) and not path.name.startswith(_OWN):
                 with contextlib.suppress(FileNotFoundError):  # deleted by someone else since
                     if path.is_file():
-                        yield ObjectInfo(key, path.stat().st_size)
+                        found = path.stat()
+                        yield ObjectInfo(key, found.st_size, f"{found.st_ino}-{found.st_mtime_ns}")
 
     def size(self, key: str) -> int:
         with self._errors(key):
@@ -198,7 +201,7 @@ class S3Store(ObjectStore):
         while True:
             page = self._persist(prefix, lambda: self._client.list_objects_v2(**request))
             for found in page.get("Contents", ()):
-                yield ObjectInfo(found["Key"][len(self._prefix) :], found["Size"])
+                yield ObjectInfo(found["Key"][len(self._prefix) :], found["Size"], found.get("ETag", ""))
             if not page.get("IsTruncated"):
                 return
             request["ContinuationToken"] = page["NextContinuationToken"]
@@ -218,6 +221,12 @@ class S3Store(ObjectStore):
         with self._errors(""):
             if self.bucket not in {b["Name"] for b in self._client.list_buckets()["Buckets"]}:
                 self._client.create_bucket(Bucket=self.bucket)
+
+    @property
+    def endpoint(self) -> str:
+        """The URL that requests go to, whichever variable or file named it."""
+        with self._errors(""):
+            return self._client.meta.endpoint_url
 
     def _key(self, key: str) -> str:
         return self._prefix + checked_key(key)

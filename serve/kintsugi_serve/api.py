@@ -10,11 +10,12 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from kintsugi.storage import ObjectStore, open_store, sha256
 from kintsugi_serve.batch_routes import BatchService, build_routes
 from kintsugi_serve.edge import Edge, Metrics, handle_errors
+from kintsugi_serve.exposition import Exposition
 from kintsugi_serve.jobs import USE_A_BATCH, Answer, Backend, Job, LargeJob, LoadedModel, Rejection, Serving
 from kintsugi_serve.openapi import PROBLEM_RESPONSES, RESTORE_ROUTE, S3_ROUTE
 from kintsugi_serve.pages import page_route
@@ -71,12 +72,17 @@ def build_api(
     places = Places(settings.store, open_root, max_bytes=settings.max_body_bytes)
     results = functools.cache(lambda: Results(open_root(settings.store)))
     service = Service(settings, backend, metrics, places, results)
+    exposition = Exposition(metrics.registry, service.described, lambda: open_root(settings.store))
+
+    async def read_metrics() -> Response:
+        return Response(await exposition.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
     app.post("/v1/restore", response_class=Response, summary="Restore one image", **RESTORE_ROUTE)(service.restore)
     app.post("/v1/restore/s3", response_model=S3Result, summary="Restore from S3 to S3", **S3_ROUTE)(service.restore_s3)
     app.get("/v1/models", summary="The model in service, and all published ones")(service.models)
     app.get("/healthz", summary="Whether this process is alive")(service.healthz)
     app.get("/readyz", summary="Whether a replica holds a model")(service.readyz)
-    app.get("/metrics", summary="For Prometheus", response_class=PlainTextResponse)(service.metrics)
+    app.get("/metrics", summary="For Prometheus", response_class=PlainTextResponse)(read_metrics)
     if batches is not None:
         app.include_router(build_routes(batches, places.readable, places.writable))
     for path, name in (("/", "index.html"), ("/docs", "docs.html")):
@@ -202,7 +208,7 @@ class Service:
         return await asyncio.to_thread(self._results().keep, key_for(answer.model.digest), answer.image, facts)
 
     async def models(self) -> dict[str, Any]:
-        serving = await self._described()
+        serving = await self.described()
         return {**_as_json(serving), "published": await self._backend.published()}
 
     async def healthz(self) -> dict[str, str]:
@@ -212,11 +218,8 @@ class Service:
         """A replica that answered just now is ready, even if it is too busy to say so again."""
         seen = self._answered
         fresh = seen is not None and time.monotonic() - seen[0] < READY_FOR_S
-        model = seen[1] if seen is not None and fresh else (await self._described()).version
+        model = seen[1] if seen is not None and fresh else (await self.described()).version
         return {"status": "ready", "model": model.label, "digest": model.digest}
-
-    async def metrics(self) -> Response:
-        return Response(generate_latest(self._metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def _restored(self, request: Request, job: Job) -> Answer:
         left = request.state.deadline - time.monotonic()
@@ -236,7 +239,7 @@ class Service:
         )
         return answer
 
-    async def _described(self) -> Serving:
+    async def described(self) -> Serving:
         serving = await self._backend.describe()
         self._answered = (time.monotonic(), serving.version)
         self._metrics.serving(serving)

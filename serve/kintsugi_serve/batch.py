@@ -11,7 +11,7 @@ batches/<tenant>/<id>/<round>/plan.json                what this round restores
 Every object is created once and stays as it is, save `<id>/stopped.json`, which says why the last run ended early.
 
 A batch that is asked for again goes on with its unfinished round, as that was planned. One that is done begins another
-round, if there is anything for it: images that are new, have another size, whose result is gone, that failed, or whose
+round, if there is anything for it: images that are new, were replaced, whose result is gone, that failed, or whose
 output held something else. What was refused for its own sake is not tried again.
 """
 
@@ -75,12 +75,13 @@ class Line(_Record):
 
     `kept`: the output held the same bytes already. `refused`: for a reason that lies in the image, or in what lies at
     its output; `failed`: for another. `code` is that of an ImageError, `bad_key`, `missing`, `conflict`, `poison`,
-    `store_failed`, `store_unavailable`, `unavailable` (no room on a disk) or `internal`. `size` in bytes, as listed;
-    `ms` from reading to written.
+    `store_failed`, `store_unavailable`, `unavailable` (no room on a disk) or `internal`. `size` in bytes and
+    `stamp` as listed, see `ObjectInfo`; `ms` from reading to written.
     """
 
     key: str
     size: int
+    stamp: str = ""
     status: Outcome
     code: str | None = None
     detail: str | None = None
@@ -172,11 +173,12 @@ class Progress(_Record):
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """An object to restore, number `number` of its plan. `size` in bytes."""
+    """An object to restore, number `number` of its plan; see `ObjectInfo`."""
 
     number: int
     key: str
     size: int
+    stamp: str = ""
 
 
 def make_batch(

@@ -5,11 +5,9 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-from kintsugi.errors import IntegrityError, ObjectNotFound, PreconditionFailed, RunInterrupted, StoreUnavailable
-from kintsugi.retry import persist
-from kintsugi.storage import LONG, ObjectStore, Patience, open_store, sha256
+from kintsugi.errors import IntegrityError, ObjectNotFound, RunInterrupted
+from kintsugi.storage import LONG, ObjectStore, Patience, create, open_store, sha256
 from kintsugi_serve.batch import (
     READERS,
     Batch,
@@ -37,6 +35,8 @@ LISTED = 50_000
 """Lines of one object of a listing."""
 TRIES = 3
 """How often an image may end the process that restores it."""
+
+Listed = tuple[str, int, str]
 
 
 class Records:
@@ -79,20 +79,20 @@ class Records:
         if not listed and not lines:
             raise ObjectNotFound(f"there is nothing under {self.batch.input}: check the prefix")
         settled = self._settled(lines.values()) if lines else {}
-        wanted = [(key, size) for key, size in listed if settled.get(key) != size]
+        wanted = [found for found in listed if not _is_settled(found, settled.get(found[0]))]
         return self._plan(last.round + 1 if last else 1, wanted, lines) if wanted else None
 
-    def _settled(self, lines: Iterable[Line]) -> dict[str, int]:
-        """Key and size of what need not be tried again."""
+    def _settled(self, lines: Iterable[Line]) -> dict[str, Line]:
+        """By key, the lines of what need not be tried again."""
         there = {info.key for info in open_store(self.batch.output, LONG).list()}
         return {
-            line.key: line.size
+            line.key: line
             for line in lines
             if (line.key in there if line.status in ("restored", "kept") else _lies_in_the_image(line))
         }
 
-    def _plan(self, round: int, wanted: Sequence[tuple[str, int]], lines: Mapping[str, Line]) -> Plan:
-        taken = {key for key, _ in wanted}
+    def _plan(self, round: int, wanted: Sequence[Listed], lines: Mapping[str, Line]) -> Plan:
+        taken = {key for key, _, _ in wanted}
         plan = Plan(
             round=round,
             total=len(wanted),
@@ -105,7 +105,7 @@ class Records:
         # Another process may have planned the same round at this moment: the first one's plan holds.
         return plan if self._create(key, as_json(plan)) else read(self.store, key, Plan)
 
-    def _save_listing(self, part: Sequence[tuple[str, int]]) -> str:
+    def _save_listing(self, part: Sequence[Listed]) -> str:
         body = "".join(f"{json.dumps(item)}\n" for item in part).encode()
         self._create(f"{self.root}/inputs/{sha256(body)}.jsonl", body)
         return sha256(body)
@@ -221,7 +221,8 @@ class Records:
             return None
 
     def _create(self, key: str, data: bytes) -> bool:
-        return create(self.store, key, data, self._patience)
+        """Whether the object is new; after a lost answer an own one may count as another's."""
+        return create(self.store, key, data, lambda: False, seconds=self._patience.seconds) is None
 
     def _part(self, round: int, first: int) -> str:
         return f"{self.root}/{round}/ledger/part-{first:08d}.jsonl"
@@ -234,19 +235,14 @@ def block_size(images: int) -> int:
     return max(min(BLOCK, math.ceil(images / SHARES)), math.ceil(images / PARTS))
 
 
-def listing(uri: str) -> list[tuple[str, int]]:
-    """Key and size of every object below a prefix, sorted; the empty objects that stand for folders are left out."""
+def listing(uri: str) -> list[Listed]:
+    """Key, size and stamp of every object below a prefix, sorted; without the empty ones that stand for folders."""
     found = open_store(uri, LONG).list()
-    return sorted((info.key, info.size) for info in found if info.key and not info.key.endswith("/"))
+    return sorted((info.key, info.size, info.stamp) for info in found if info.key and not info.key.endswith("/"))
 
 
-def create(store: ObjectStore, key: str, data: bytes | Path, patience: Patience = LONG) -> bool:
-    """Whether the object is new. Never replaces one; after a lost answer an own one may count as another's."""
-    try:
-        persist(lambda: store.put(key, data, if_none_match=True), StoreUnavailable, seconds=patience.seconds)
-    except PreconditionFailed:
-        return False
-    return True
+def _is_settled(found: Listed, line: Line | None) -> bool:
+    return line is not None and (line.size, line.stamp) == found[1:]
 
 
 def _lies_in_the_image(line: Line) -> bool:

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,7 +22,7 @@ from kintsugi.errors import (
     StoreError,
     StoreUnavailable,
 )
-from kintsugi.storage import LONG, ObjectStore, Patience, cache_folder, checked_key, open_store, sha256
+from kintsugi.storage import LONG, ObjectStore, Patience, cache_folder, checked_key, create, open_store, sha256
 from kintsugi_serve.batch import (
     Batch,
     Counts,
@@ -31,7 +31,7 @@ from kintsugi_serve.batch import (
     Line,
     Plan,
 )
-from kintsugi_serve.batch_records import Records, create
+from kintsugi_serve.batch_records import Records
 from kintsugi_serve.large import StripModel, fetch, is_same, restore_on_disk
 from kintsugi_serve.results import Content
 from kintsugi_serve.schemas import Refusal
@@ -168,7 +168,7 @@ def restore_image(bench: Bench, item: Input) -> Line:
         logger.exception("batch %s failed on %s", bench.batch.id, item.key)
         facts |= _ended("failed", "internal", error)
     ms = round(1000 * (time.perf_counter() - started), 1)
-    return Line(key=item.key, size=item.size, digest=bench.batch.digest, ms=ms, **facts)
+    return Line(key=item.key, size=item.size, stamp=item.stamp, digest=bench.batch.digest, ms=ms, **facts)
 
 
 def _restored(bench: Bench, item: Input, facts: dict[str, Any]) -> dict[str, Any]:
@@ -211,14 +211,15 @@ def _restored_on_disk(bench: Bench, item: Input, facts: dict[str, Any]) -> dict[
 
 
 def _written(bench: Bench, item: Input, result: bytes | Path, report: "Report") -> dict[str, Any]:
-    is_new = create(bench.target, item.key, result, _PATIENCE)
-    if not is_new and not is_same(bench.target, item.key, result):
+    store, key = bench.target, item.key
+    same = create(store, key, result, lambda: is_same(store, key, result), seconds=_PATIENCE.seconds)
+    if same is False:
         where = f"{bench.batch.output}/{item.key}"
         return _ended(
             "refused", "conflict", ConfigError(f"{where} holds something else: remove it, or give another output")
         )
     return {
-        "status": "restored" if is_new else "kept",
+        "status": "restored" if same is None else "kept",
         "output": f"{bench.batch.output}/{item.key}",
         "output_sha256": Content.of(result).sha256,
         "retention": round(float(report.retention), 6),
@@ -230,7 +231,7 @@ def _written(bench: Bench, item: Input, result: bytes | Path, report: "Report") 
 def _poison(bench: Bench, item: Input) -> Line:
     detail = "the process that restored this image ended each time: it may need more memory than there is"
     facts = _ended("refused", "poison", KintsugiError(detail))
-    return Line(key=item.key, size=item.size, digest=bench.batch.digest, **facts)
+    return Line(key=item.key, size=item.size, stamp=item.stamp, digest=bench.batch.digest, **facts)
 
 
 def _ended(status: str, code: str, error: Exception) -> dict[str, Any]:
@@ -304,7 +305,7 @@ def _run(
     import ray.data
 
     ray.data.DataContext.get_current().enable_progress_bars = False
-    rows = [{"items": json.dumps([(item.number, item.key, item.size) for item in block])} for block in blocks]
+    rows = [{"items": json.dumps([astuple(item) for item in block])} for block in blocks]
     # A row is a block of the plan, and each goes its own way: what is done again after a failure is one of them.
     done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         RestoreBlocks,

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import typer
 from pydantic import ValidationError
 
-from kintsugi import cluster, local
+from kintsugi import cluster, doors, local
 from kintsugi.commands.console import Json, print_json, say
 from kintsugi.config import read_override
 from kintsugi.errors import ConfigError, ModelNotFound, StackError
@@ -55,6 +55,7 @@ def serve(
     audit_folder = str(local.home_folder() / "audit") if stack else None
     args = _arguments(model, host, min_replicas, max_replicas, keys, audit_folder, sets or ())
     port = port or (urlsplit(stack.endpoint).port if stack else None) or DEFAULT_PORT
+    doors.check_store(args.store)
     _check_model(args.store, args.model)
     _check_port(host, port)
     _start(args, host, port)
@@ -154,7 +155,7 @@ def _start(settings: Args, host: str, port: int) -> None:
 
 
 def _connect() -> None:
-    cluster.connect(worker_output=False)
+    cluster.connect(worker_output=False, writes=False)
     # Importing ray.serve sets its logger's level, so the level is set after that.
     importlib.import_module("ray.serve")
     logging.getLogger("ray.serve").setLevel(logging.ERROR)

@@ -34,6 +34,7 @@ _BATCHES = (1, 2, 4, 8, 16, 32)
 
 MAX_JSON_BYTES = 64 * 1024
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
+RESTORE_PATHS = ("/v1/restore", "/v1/restore/s3")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 # The nearest class in the exception's ancestry decides; an ImageError and a Refusal carry their own code.
@@ -86,6 +87,18 @@ class Metrics:
         self.refused = Gauge(
             "kintsugi_model_refused", "1 while a version that should serve was refused", registry=self.registry
         )
+        self.problems = Counter("kintsugi_problems", "Problems by code", ("route", "code"), registry=self.registry)
+        self._begin_at_zero()
+
+    def _begin_at_zero(self) -> None:
+        """A series that begins with its first event hides that event from every rate over time."""
+        for route in RESTORE_PATHS:
+            self.requests.labels(route, "200")
+            self.seconds.labels(route)
+            for code in (code for code, (status, _) in PROBLEMS.items() if status >= 500):
+                self.problems.labels(route, code)
+        for stage in ("decode", "queue", "model", "encode"):
+            self.stages.labels(stage)
 
     def restored(self, answer: Answer) -> None:
         model = answer.model.label
@@ -100,6 +113,8 @@ class Metrics:
         self.model.clear()
         self.model.labels(serving.version.label, serving.version.digest).set(1)
         self.refused.set(serving.refused is not None)
+        self.alarms.labels(serving.version.label)
+        self.retention.labels(serving.version.label)
 
 
 @dataclass
@@ -210,6 +225,8 @@ class Edge:
         # Cancelled before an answer: the client is gone.
         status = exchange.status or 499
         self._metrics.requests.labels(route, str(status)).inc()
+        if code := scope["state"]["audit"].get("code"):
+            self._metrics.problems.labels(route, code).inc()
         self._metrics.seconds.labels(route).observe(seconds)
         self._metrics.received.labels(route).inc(exchange.received)
         self._metrics.sent.labels(route).inc(exchange.sent)

@@ -14,10 +14,10 @@ import numpy as np
 from kintsugi.errors import Abandoned, ImageError, KintsugiError, ObjectNotFound
 from kintsugi.imaging import Image
 from kintsugi.restore.strips import write_strips
-from kintsugi.storage import ObjectStore
+from kintsugi.storage import ObjectStore, create
 from kintsugi_serve.addresses import S3Address
 from kintsugi_serve.jobs import Answer, LargeAnswer, LargeJob, LoadedModel
-from kintsugi_serve.results import Content, Results, content_at, create, result_facts, result_key
+from kintsugi_serve.results import CREATE_S, Content, Results, content_at, result_facts, result_key
 from kintsugi_serve.schemas import Refusal
 from kintsugi_serve.scratch import check_space, disk_full, scratch_folder
 from kintsugi_serve.strips_codec import Limits, Question, RawRows, Stop, starts_as_tiff, unpack
@@ -238,7 +238,7 @@ class LargeImages:
 
     def _write_once(self, address: S3Address, path: Path) -> bool:
         store, key = self.open_root(address.root), address.key
-        same = create(store, key, path, lambda: is_same(store, key, path))
+        same = create(store, key, path, lambda: is_same(store, key, path), seconds=CREATE_S)
         if same is False:
             raise Refusal("conflict", f"{address.uri} holds something else: choose another")
         return same is None

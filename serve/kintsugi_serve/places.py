@@ -4,9 +4,9 @@ import threading
 from collections.abc import Callable, Iterable
 
 from kintsugi.errors import ObjectNotFound
-from kintsugi.storage import ObjectStore, open_store
+from kintsugi.storage import ObjectStore, create, open_store
 from kintsugi_serve.addresses import S3Address, area_of, is_below, is_plain
-from kintsugi_serve.results import create
+from kintsugi_serve.results import CREATE_S
 from kintsugi_serve.schemas import Refusal
 
 RESERVED = ("models", "datasets", "runs", "results", "batches")
@@ -85,7 +85,11 @@ class Places:
             Refusal: `conflict`, where other bytes are there.
         """
         store, key = self._opened(address.root), address.key
-        same = create(store, key, data, lambda: store.size(key) == len(data) and store.get(key) == data)
+
+        def is_same() -> bool:
+            return store.size(key) == len(data) and store.get(key) == data
+
+        same = create(store, key, data, is_same, seconds=CREATE_S)
         if same is False:
             raise Refusal("conflict", f"{address.uri} holds something else: choose another")
         return same is None

@@ -32,6 +32,7 @@ from kintsugi_serve.large import LargeImages, Turn
 from kintsugi_serve.schemas import Refusal, Settings
 from kintsugi_serve.serving import InService, Loaded, Others, Published, Shelving, Source, list_published, ray_shelving
 from kintsugi_serve.strips_codec import Limits
+from kintsugi_serve.traces import tell_stages
 
 if TYPE_CHECKING:
     from kintsugi.restore.restorer import Restoration
@@ -210,6 +211,8 @@ class Replica:
 
     async def _restored_large(self, job: LargeJob, gone: Callable[[], bool]) -> LargeAnswer:
         async with self._one_large:
+            if gone():
+                raise Abandoned("nobody waits for this image any more")
             loaded = self._service.loaded if job.model is None else await self._others.get(job.model)
             turn = Turn(self._turn)
             return await asyncio.to_thread(self._large.restore, job, loaded.version, loaded.model, gone, turn)
@@ -227,7 +230,9 @@ class Replica:
             decoded.waiting = False
         if isinstance(inferred.result, KintsugiError):
             raise inferred.result
-        return await asyncio.to_thread(_answer, job, decoded, inferred.result, inferred)
+        answer = await asyncio.to_thread(_answer, job, decoded, inferred.result, inferred)
+        tell_stages(answer.timing_ms)
+        return answer
 
     async def infer(self, batch: list[Decoded]) -> list[Inferred]:
         """Run the models; what nobody waits for any more is dropped, also halfway through a large image."""

@@ -8,20 +8,17 @@ died between the two leaves nothing that a later one could take for a result.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from kintsugi.errors import IntegrityError, ObjectNotFound, PreconditionFailed, StoreError, StoreUnavailable
-from kintsugi.retry import persist
-from kintsugi.storage import ObjectStore, sha256
+from kintsugi.errors import IntegrityError, ObjectNotFound, StoreError
+from kintsugi.storage import ObjectStore, create, sha256
 from kintsugi_serve.jobs import Answer
 from kintsugi_serve.keys import TENANT
-
-T = TypeVar("T")
 
 AREA = "results"
 _KEY = re.compile(rf"{AREA}/{TENANT}(/[0-9a-f]{{64}}){{3}}")
@@ -197,25 +194,6 @@ def content_at(store: ObjectStore, key: str, path: Path) -> Content:
     """Of an object, of which a copy is at `path` then."""
     store.download(key, path)
     return Content.of(path)
-
-
-def create(
-    store: ObjectStore, key: str, data: bytes | Path, look: Callable[[], T], *, seconds: float = CREATE_S
-) -> T | None:
-    """None where `data` is the object now; else what `look` says of the one that was there first.
-
-    Tried for `seconds`. After a lost answer the object that is found may be the one that was sent.
-    """
-
-    def once() -> T | None:
-        try:
-            store.put(key, data, if_none_match=True)
-        except PreconditionFailed:
-            return look()
-        return None
-
-    # S3 also refuses one of two that write at the same time (409), and the other may not be done yet, or fail.
-    return persist(lambda: persist(once, ObjectNotFound, seconds=seconds, first=0.1), StoreUnavailable, seconds=seconds)
 
 
 def _encoded(content: Content, facts: Mapping[str, Any]) -> bytes:

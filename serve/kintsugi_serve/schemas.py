@@ -9,7 +9,7 @@ from kintsugi.errors import KintsugiError
 from kintsugi.imaging import MAX_PIXELS
 from kintsugi.storage import store_uri_from_environment
 from kintsugi_serve.addresses import is_root
-from kintsugi_serve.keys import Key, check_keys
+from kintsugi_serve.keys import Key, check_keys, read_keys
 
 # code -> (status, title). Clients branch on the code: it never changes its meaning.
 PROBLEMS: dict[str, tuple[int, str]] = {
@@ -132,6 +132,7 @@ class Args(Settings):
     max_queued_requests: int = Field(default=32, ge=1, description="that wait for a replica; more are refused with 503")
     upscale_delay_s: float = Field(default=5, ge=0, description="of too much load, before a replica is added")
     downscale_delay_s: float = Field(default=120, ge=0, description="of too little, before one is taken away")
+    keys_file: str | None = Field(default=None, description="YAML file in place of `keys`, read when it is deployed")
 
     @model_validator(mode="after")
     def _bounds_agree(self) -> "Args":
@@ -139,11 +140,23 @@ class Args(Settings):
             raise ValueError(f"min_replicas ({self.min_replicas}) is above max_replicas ({self.max_replicas})")
         return self
 
+    @model_validator(mode="after")
+    def _keys_have_one_source(self) -> "Args":
+        if self.keys and self.keys_file is not None:
+            raise ValueError("keys and keys_file are both given: take one of the two out")
+        return self
+
     def settings(self) -> Settings:
-        """The part for ingress and replicas."""
+        """The part for ingress and replicas.
+
+        Raises:
+            ConfigError: `keys_file` cannot be read, or is wrong.
+        """
         values: dict[str, Any] = {name: getattr(self, name) for name in Settings.model_fields}
         if self.num_gpus > 0 and "device" not in self.model_fields_set:
             values["device"] = "cuda"
+        if self.keys_file is not None:
+            values["keys"] = read_keys(self.keys_file)
         return Settings(**values)
 
 

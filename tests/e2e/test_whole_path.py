@@ -13,14 +13,17 @@ import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import grpc
 import httpx2 as httpx
 import numpy as np
 import pytest
 import yaml
 
-from kintsugi import imaging, local
+from kintsugi import doors, imaging, local
 from kintsugi.data.synthetic import write_synthetic
+from kintsugi.doctor import here
 from kintsugi.storage import S3Store, sha256
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -73,12 +76,21 @@ class Machine:
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Generator[Machine]:
     root = Path(__file__).parents[2]
     machine = Machine(tmp_path_factory.mktemp("home"), root)
+    # So that also the shortest training is seen before its gauges go with it.
+    machine.environment["RAY_metrics_report_interval_ms"] = "1000"
+    machine.environment["KINTSUGI_TRACES"] = f"file:{tmp_path_factory.mktemp('traces')}"
     ports = [part for name in ("s3", "dashboard", "tensorboard", "ray", "endpoint") for part in (f"--{name}-port", "0")]
     try:
         machine.run("up", *ports, "--cpus", "2")
         yield machine
     finally:
         machine.run("down")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prometheus(machine: Machine, tmp_path_factory: pytest.TempPathFactory, monitor: Any) -> Any:
+    """Watches from before the first training; None where there is no Prometheus."""
+    return monitor(Path(machine.environment["KINTSUGI_HOME"]), tmp_path_factory.mktemp("monitoring") / "prometheus")
 
 
 @pytest.fixture(scope="module")
@@ -339,6 +351,54 @@ def test_the_standard_platform_module_works_in_a_ray_task_with_the_root_as_worki
     assert "'Linux'" in found.stdout and "'platform'" in found.stdout and "'serve'" in found.stdout
 
 
+def test_no_port_of_the_stack_answers_from_beyond_this_machine_or_without_a_secret(
+    machine: Machine, addresses: dict[str, str]
+) -> None:
+    """But TensorBoard and the endpoint, which have none on 127.0.0.1, metrics, and two pages without data."""
+    stack = local.find(Path(machine.environment["KINTSUGI_HOME"]))
+    assert stack is not None
+    found = here.listens(here.family(stack))
+    assert len(found) > 15 and [host for host, _ in found if not doors.is_loopback(host)] == []
+    by_design = {urlsplit(url).port for url in (addresses["tensorboard"], addresses["endpoint"])}
+    told = {port: paths for _, port in found if port not in by_design and (paths := _told_by_http(port))}
+    assert told == {}
+    calls = [call for _, port in found for call in _by_grpc(port).items()]
+    assert [call for call, code in calls if code == grpc.StatusCode.OK] == []
+    assert {call for call, code in calls if code == grpc.StatusCode.UNAUTHENTICATED} == set(RAY_CALLS)
+
+
+def _told_by_http(port: int) -> list[str]:
+    """The paths that answer without a secret."""
+    paths = ("/", "/api/jobs/", "/api/version", "/nodes?view=summary", "/logs/", "/metrics", "/api/job_agent/jobs/")
+    paths += ("/dir/assign", "/dir/status", "/col/delete?collection=kintsugi", "/kintsugi", "/buckets/kintsugi/")
+    answers = {path: doors.ask(f"http://127.0.0.1:{port}{path}") for path in paths}
+    harmless = (b"# HELP", b"<!doctype html>", b"<!DOCTYPE html>")
+    return [path for path, a in answers.items() if a and a.status < 400 and not a.body.startswith(harmless)]
+
+
+RAY_CALLS = (
+    *("NodeInfoGcsService/GetAllNodeInfo", "RayletDriver/Terminate", "ReporterService/GetTraceback"),
+    *("NodeManagerService/GetNodeStats", "ObjectManagerService/Pull"),
+)
+"""Of the GCS, the Ray client's server, the agent, and the raylet's two ports."""
+
+
+def _by_grpc(port: int) -> dict[str, grpc.StatusCode]:
+    """How each call is answered without a secret."""
+    calls = [f"ray.rpc.{call}" for call in RAY_CALLS]
+    calls += ["master_pb.Seaweed/ListMasterClients", "filer_pb.SeaweedFiler/GetFilerConfiguration"]
+    with grpc.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.enable_http_proxy", 0)]) as channel:
+        return {call.removeprefix("ray.rpc."): _called(channel, call) for call in calls}
+
+
+def _called(channel: grpc.Channel, call: str) -> grpc.StatusCode:
+    try:
+        channel.unary_unary(f"/{call}")(b"", timeout=10)
+    except grpc.RpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
+
+
 def test_the_dashboard_answers(addresses: dict[str, str]) -> None:
     assert httpx.get(addresses["dashboard"], timeout=30).status_code == 200
 
@@ -346,3 +406,34 @@ def test_the_dashboard_answers(addresses: dict[str, str]) -> None:
 def test_the_serve_config_file_names_what_the_rooms_hold(machine: Machine) -> None:
     config = yaml.safe_load((machine.root / "serve/application.yaml").read_text())
     assert config["applications"][0]["import_path"] == "kintsugi_serve.app:build"
+
+
+@pytest.mark.usefixtures("trained", "searched")
+def test_every_query_of_every_dashboard_and_rule_has_data(
+    prometheus: Any, monitored: dict[str, str], endpoint: str
+) -> None:
+    if prometheus is None:
+        pytest.skip("there is no prometheus: run 'make prometheus', or install it")
+    flat = imaging.encode(imaging.Image(np.full((64, 64), 90, np.uint8)))
+    answers = [httpx.post(f"{endpoint}/v1/restore", content=flat, timeout=60) for _ in range(3)]
+    assert {answer.headers["X-Kintsugi-Alarm"] for answer in answers} == {"true"}
+    assert httpx.post(f"{endpoint}/v1/restore", content=b"not an image", timeout=60).status_code == 415
+    assert prometheus.unanswered({**monitored, "an alarm": "kintsugi_alarms_total > 0"}) == {}
+    assert {target["health"] for target in prometheus.get("targets")["activeTargets"]} == {"up"}
+    rules = [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
+    assert {rule["health"] for rule in rules} == {"ok"} and len(rules) > 30
+
+
+def test_a_request_leaves_a_trace_of_its_stages(machine: Machine, endpoint: str) -> None:
+    body = imaging.encode(imaging.Image(np.full((32, 32), 90, np.uint8)))
+    httpx.post(f"{endpoint}/v1/restore", content=body, headers={"X-Request-Id": "part-78"}, timeout=60)
+    files = Path(machine.environment["KINTSUGI_TRACES"].removeprefix("file:"))
+    deadline = time.monotonic() + 30
+    while True:
+        spans = [json.loads(line) for file in files.iterdir() for line in file.read_text().splitlines()]
+        ours = {span["context"]["span_id"] for span in spans if span["attributes"].get("request_id") == "part-78"}
+        stages = [span["name"] for span in spans if span["parent_id"] in ours and " " not in span["name"]]
+        if stages == ["decode", "queue", "model", "encode"]:
+            return
+        assert time.monotonic() < deadline, stages
+        time.sleep(0.2)  # polls the files

@@ -1,5 +1,10 @@
 """A small dataset and a small experiment for the tests of this room."""
 
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
 import numpy as np
 import pytest
 
@@ -54,6 +59,43 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> LocalStore:
 @pytest.fixture(autouse=True)
 def _private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KINTSUGI_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+Serve = Callable[[Mapping[str, tuple[int, bytes]]], str]
+
+
+@pytest.fixture
+def serve_http() -> Iterator[Serve]:
+    """Starts an HTTP server on loopback that answers each path as told, all others 404; gives its URL."""
+    with contextlib.ExitStack() as running:
+
+        def start(answers: Mapping[str, tuple[int, bytes]]) -> str:
+            server = running.enter_context(_Answering(answers))
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            running.callback(server.shutdown)
+            return f"http://127.0.0.1:{server.server_address[1]}"
+
+        yield start
+
+
+class _Answering(ThreadingHTTPServer):
+    def __init__(self, answers: Mapping[str, tuple[int, bytes]]) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.answers = answers
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Answering
+
+    def do_GET(self) -> None:
+        status, body = self.server.answers.get(self.path, (404, b""))
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Quiet."""
 
 
 def _wave(index: int) -> tuple[np.ndarray, np.ndarray]:

@@ -137,7 +137,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
     # Paths of sockets must stay below 107 bytes.
     with tempfile.TemporaryDirectory(prefix="kintsugi-", dir="/tmp") as scratch:
         command = local._s3_command(home, Path(scratch), port, inner)
-        record = processes.start(command, env=local._s3_environment(), folder=home, log=home / "s3.log")
+        record = processes.start(command, env=local._s3_environment(Path(scratch)), folder=home, log=home / "s3.log")
         try:
             came = processes.wait_until(lambda: local._answers(f"http://127.0.0.1:{port}/"), 60)
             assert came, (home / "s3.log").read_text()

@@ -157,6 +157,16 @@ def test_a_listing_is_sorted_by_key_and_knows_the_sizes(store: ObjectStore) -> N
     assert list(store.list()) == [ObjectInfo(key, len(key)) for key in ("a-b", "a/b/deep", "a/c", "b")]
 
 
+def test_a_listing_tells_an_object_that_was_replaced_by_one_of_its_size(store: ObjectStore) -> None:
+    for key in ("replaced", "stays"):
+        store.put(key, b"one")
+    before = {info.key: info.stamp for info in store.list()}
+    store.put("replaced", b"two")
+    after = {info.key: info.stamp for info in store.list()}
+    assert after["stays"] == before["stays"] != ""
+    assert after["replaced"] != before["replaced"]
+
+
 @pytest.mark.parametrize(
     ("prefix", "keys"),
     [
@@ -314,7 +324,10 @@ def test_s3_asks_for_the_head_of_an_object_to_know_its_size() -> None:
 def test_s3_lists_keys_without_the_prefix() -> None:
     store, stub = _s3()
     with stub:
-        found = {"Contents": [{"Key": "root/a/1", "Size": 3}, {"Key": "root/a/2", "Size": 4}], "IsTruncated": False}
+        found = {
+            "Contents": [{"Key": f"root/a/{n}", "Size": size, "ETag": f'"e{n}"'} for n, size in ((1, 3), (2, 4))],
+            "IsTruncated": False,
+        }
         stub.add_response("list_objects_v2", found, {"Bucket": "bucket", "Prefix": "root/a/"})
         assert list(store.list("a/")) == [ObjectInfo("a/1", 3), ObjectInfo("a/2", 4)]
 

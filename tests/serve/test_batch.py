@@ -366,14 +366,17 @@ def test_another_round_takes_what_is_new_changed_gone_or_failed(
     _run(records, Darkener(fails=42))
     raw.put("a/90.png", _image(90))
     raw.put("a/44.png", _image(91))
+    same_size = len(_image(46))
+    raw.put("a/46.png", _image(46)[: same_size // 2].ljust(same_size, b"X"))
     for key in ("a/43.png", "a/45.png"):
         clean.delete(key)
 
     lines = _run(records)
     plan = records.newest()
     assert plan is not None and plan.round == 2
-    assert [item.key for item in records.inputs(plan)] == [f"a/{w}.png" for w in (42, 43, 44, 45, 90)]
+    assert [item.key for item in records.inputs(plan)] == [f"a/{w}.png" for w in (42, 43, 44, 45, 46, 90)]
     assert [lines[f"a/{w}.png"].status for w in (42, 43, 45, 90)] == ["restored"] * 4
+    assert lines["a/46.png"].code == "undecodable"
     assert lines["a/44.png"].code == "conflict" and clean.get("a/44.png") == _dark(44)
     assert len(_ledger(records, 2)) == 12 == records.progress(alive=False).total
     assert len(_ledger(records, 1)) == 11
@@ -383,7 +386,7 @@ def test_two_who_plan_at_once_share_the_first_plan(records: Records, raw: LocalS
     first = records.next_plan()
     raw.put("a/99.png", _image(99))
     other = Records(records.store, records.batch)
-    assert other._plan(1, [("a/99.png", 1)], {}) == first
+    assert other._plan(1, [("a/99.png", 1, "")], {}) == first
 
 
 def test_a_long_listing_is_kept_in_parts(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,10 +409,12 @@ def test_objects_that_stand_for_folders_are_no_images(store: LocalStore, monkeyp
 
     class Listed(MemoryStore):
         def list(self, prefix: str = "") -> "object":
-            return iter([ObjectInfo("", 0), ObjectInfo("b/", 0), ObjectInfo("b/1.png", 7), ObjectInfo("a.png", 5)])
+            return iter(
+                [ObjectInfo("", 0), ObjectInfo("b/", 0), ObjectInfo("b/1.png", 7, "e2"), ObjectInfo("a.png", 5, "e1")]
+            )
 
     monkeypatch.setattr(batch_records, "open_store", lambda uri, patience: Listed())
-    assert batch_records.listing("s3://bucket/raw") == [("a.png", 5), ("b/1.png", 7)]
+    assert batch_records.listing("s3://bucket/raw") == [("a.png", 5, "e1"), ("b/1.png", 7, "e2")]
 
 
 def test_progress_is_told_from_the_store_alone(records: Records) -> None:

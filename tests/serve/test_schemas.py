@@ -1,7 +1,9 @@
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
-from kintsugi.errors import ImageError
+from kintsugi.errors import ConfigError, ImageError
 from kintsugi_serve.schemas import PROBLEMS, Args, Refusal, Settings
 
 
@@ -40,6 +42,21 @@ def test_two_entries_of_one_key_are_refused() -> None:
     twice = [{"tenant": tenant, "sha256": "a" * 64} for tenant in ("line-1", "line-2")]
     with pytest.raises(ValidationError, match="take one of the two out"):
         Args.model_validate({"store": "s3://plant/k", "keys": twice})
+
+
+def test_keys_come_from_a_file_when_the_application_is_built(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    args = Args(store="s3://plant/k", keys_file=str(file))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        args.settings()
+    file.write_text(f"keys:\n  - tenant: line-3\n    sha256: {'a' * 64}\n")
+    assert [key.tenant for key in args.settings().keys] == ["line-3"]
+
+
+def test_keys_beside_a_file_of_keys_are_refused() -> None:
+    given = {"store": "s3://plant/k", "keys": [{"tenant": "line-3", "sha256": "a" * 64}], "keys_file": "keys.yaml"}
+    with pytest.raises(ValidationError, match="take one of the two out"):
+        Args.model_validate(given)
 
 
 def test_a_gpu_moves_the_model_to_cuda_unless_told_otherwise() -> None:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Container
+from collections.abc import Callable, Container
 from types import TracebackType
 from typing import Self
 
@@ -24,10 +24,17 @@ class Live:
 
     Args:
         deadline: of `time.monotonic()`, when the search will be stopped.
+        also: is told what is known by now, as often as the person is.
     """
 
-    def __init__(self, ledger: Ledger, deadline: float | None, console: Console | None = None) -> None:
-        self._ledger, self._deadline = ledger, deadline
+    def __init__(
+        self,
+        ledger: Ledger,
+        deadline: float | None,
+        console: Console | None = None,
+        also: Callable[[SearchRecord], None] | None = None,
+    ) -> None:
+        self._ledger, self._deadline, self._also = ledger, deadline, also
         self._console = console or Console(stderr=True)
         self._table = RichLive(console=self._console, auto_refresh=False) if self._console.is_terminal else None
         self._told: set[tuple[int, bool]] = set()
@@ -38,6 +45,8 @@ class Live:
             return
         self._shown = time.monotonic()
         record = self._ledger.record()
+        if self._also is not None:
+            self._also(record)
         for trial in record.trials:
             if (trial.state != "running" and not trial.screened) or trial.state in ("failed", "pruned"):
                 self._tell(trial, record)

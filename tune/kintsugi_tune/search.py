@@ -18,6 +18,7 @@ from kintsugi.errors import KintsugiError, RunInterrupted
 from kintsugi.storage import LONG, open_store
 from kintsugi.training.filesystem import run_storage
 from kintsugi.training.launch import launch_training
+from kintsugi_tune.gauges import SearchGauges
 from kintsugi_tune.ledger import Ledger, Stage, load_plan, trial_config
 from kintsugi_tune.live import Live
 
@@ -37,7 +38,7 @@ def run_search(ledger: Ledger, store_uri: str, *, max_concurrent: int, budget_mi
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # which prints whatever `verbose` says
     logging.getLogger("optuna").setLevel(logging.WARNING)
     deadline = None if budget_minutes is None else time.monotonic() + 60 * budget_minutes
-    with Live(ledger, deadline) as live:
+    with Live(ledger, deadline, also=SearchGauges()) as live:
         for stage in ledger.stages():
             seconds = None if deadline is None else deadline - time.monotonic()
             if stage.left and (seconds is None or seconds > 0):

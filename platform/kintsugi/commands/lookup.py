@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kintsugi import local
+from kintsugi import doors, local
 from kintsugi.errors import ConfigError, ModelNotFound, StoreError
 from kintsugi.storage import ObjectStore, open_store, store_uri_from_environment
 
@@ -12,9 +12,15 @@ if TYPE_CHECKING:
 
 
 def open_root_store() -> ObjectStore:
-    """The store that KINTSUGI_STORE names, else the local stack's."""
+    """The store that KINTSUGI_STORE names, else the local stack's.
+
+    Raises:
+        ConfigError: none is named, or it is reached by plain HTTP beyond loopback.
+    """
     local.activate(local.home_folder())
-    return open_store(store_uri_from_environment())
+    store = open_store(store_uri_from_environment())
+    doors.check_transport(store)
+    return store
 
 
 def fetch_model(store: ObjectStore, model: str) -> "tuple[ModelVersion, Path]":

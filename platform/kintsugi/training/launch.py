@@ -162,8 +162,11 @@ def _continue(state: TrainState, store: ObjectStore, run: str, worker: Worker) -
     """
     with tempfile.TemporaryDirectory(prefix="kintsugi-resume-") as scratch:
         folder = Path(scratch)
-        if worker.rank == 0 and (torn := delete_torn(store, run)):
-            _log.warning("run %s: deleted %d uploads that never ended", run, len(torn))
+        if worker.rank == 0:
+            torn = delete_torn(store, run)
+            _Gauges(run).set({"torn_uploads": len(torn)})
+            if torn:
+                _log.warning("run %s: deleted %d uploads that never ended", run, len(torn))
         prefix = broadcast_from_rank_zero(fetch_newest(store, run, folder) if worker.rank == 0 else None)
         if prefix is None:
             return None
@@ -273,7 +276,7 @@ class _Gauges:
         for name, value in metrics.items():
             if name not in self._known:
                 metric = re.sub(r"\W+", "_", name.removeprefix("train/"))
-                about = f"{name} of the last epoch"
+                about = f"{name}, as the run told it last"
                 self._known[name] = Gauge(f"kintsugi_train_{metric}", about, tag_keys=("run",))
             self._known[name].set(float(value), {"run": self._run})
 
