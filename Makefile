@@ -75,13 +75,13 @@ bench-tune: $(STAMP) ## Measure searches on a folder of real tiles, and kill som
 bench-serve: $(STAMP) ## Measure the service against other servers, overloaded, and autoscaling; ARGS="--only overhead" shortens it
 	$(BIN)/python tests/benchmarks/bench_serve.py $(ARGS)
 
-.PHONY: bench-submit
-bench-submit: $(STAMP) ## Measure how soon a submitted job speaks, on a stack of its own; ARGS="--repeats 3" shortens it
-	$(BIN)/python tests/benchmarks/bench_submit.py $(ARGS)
-
 .PHONY: bench-large
 bench-large: $(STAMP) ## Measure the memory and disk that an image of 8192 x 51200 px takes; ARGS="--height 5120" shortens it
 	$(BIN)/python tests/benchmarks/bench_large.py $(ARGS)
+
+.PHONY: bench-submit
+bench-submit: $(STAMP) ## Measure how soon a submitted job speaks, on a stack of its own; ARGS="--repeats 3" shortens it
+	$(BIN)/python tests/benchmarks/bench_submit.py $(ARGS)
 
 .PHONY: chaos-serve
 chaos-serve: $(STAMP) nginx ## Kill, spoil and starve a service under load; ARGS="--requests 500 --rollouts 3" shortens it

@@ -211,14 +211,15 @@ def _restored_on_disk(bench: Bench, item: Input, facts: dict[str, Any]) -> dict[
 
 
 def _written(bench: Bench, item: Input, result: bytes | Path, report: "Report") -> dict[str, Any]:
-    is_new = create(bench.target, item.key, result, lambda: False, seconds=_PATIENCE.seconds) is None
-    if not is_new and not is_same(bench.target, item.key, result):
+    store, key = bench.target, item.key
+    same = create(store, key, result, lambda: is_same(store, key, result), seconds=_PATIENCE.seconds)
+    if same is False:
         where = f"{bench.batch.output}/{item.key}"
         return _ended(
             "refused", "conflict", ConfigError(f"{where} holds something else: remove it, or give another output")
         )
     return {
-        "status": "restored" if is_new else "kept",
+        "status": "restored" if same is None else "kept",
         "output": f"{bench.batch.output}/{item.key}",
         "output_sha256": Content.of(result).sha256,
         "retention": round(float(report.retention), 6),

@@ -211,6 +211,8 @@ class Replica:
 
     async def _restored_large(self, job: LargeJob, gone: Callable[[], bool]) -> LargeAnswer:
         async with self._one_large:
+            if gone():
+                raise Abandoned("nobody waits for this image any more")
             loaded = self._service.loaded if job.model is None else await self._others.get(job.model)
             turn = Turn(self._turn)
             return await asyncio.to_thread(self._large.restore, job, loaded.version, loaded.model, gone, turn)

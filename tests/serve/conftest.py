@@ -12,7 +12,7 @@ from kintsugi.config import ExperimentConfig, with_values
 from kintsugi.models import build_model
 from kintsugi.registry import ModelVersion, Registry
 from kintsugi.storage import LocalStore, sha256
-from kintsugi_serve.jobs import Answer, Job, LoadedModel, Rejection, Serving
+from kintsugi_serve.jobs import Answer, Job, LargeJob, LoadedModel, Rejection, Serving
 from kintsugi_serve.replica import Decoded, Infer, Inferred
 from kintsugi_serve.schemas import Settings
 
@@ -28,6 +28,7 @@ class EchoBackend:
 
     def __init__(self) -> None:
         self.jobs: list[Job] = []
+        self.large: list[LargeJob] = []
         self.alarm = False
         self.failure: Exception | None = None
         self.rejection: Rejection | None = None
@@ -42,6 +43,10 @@ class EchoBackend:
         digest = sha256(job.image)
         shown = b"map" if job.defect_map else None
         return Answer(job.image, "png", VERSION, 0.9876, self.alarm, report, digest, digest, shown, {"model": 1.5})
+
+    async def restore_large(self, job: LargeJob) -> Rejection:
+        self.large.append(job)
+        return Rejection("too_large", "no TIFF")
 
     async def describe(self) -> Serving:
         if self.failure is not None:

@@ -255,9 +255,24 @@ def test_s3_without_roots_reaches_nothing(echo: Any, tmp_path: Any) -> None:
 
 
 def test_s3_objects_that_are_too_large_are_not_read(echo: Any, objects: MemoryStore) -> None:
-    client = TestClient(build_api(Settings(store=ROOT, max_body_bytes=1024), echo, open_root=lambda _: objects))
+    settings = Settings(store=ROOT, max_body_bytes=1024, max_streamed_pixels=0)
+    client = TestClient(build_api(settings, echo, open_root=lambda _: objects))
     objects.put("in/a.png", bytes(1025))
     _problem(_s3(client), 413, "too_large")
+    assert echo.large == []
+
+
+def test_s3_objects_that_are_too_large_to_be_held_are_left_to_a_replica(echo: Any, objects: MemoryStore) -> None:
+    class Unread(MemoryStore):
+        def get_with_etag(self, key: str) -> tuple[bytes, str]:
+            raise AssertionError(f"{key} was read")
+
+    store = Unread({"in/a.png": bytes(1025)})
+    client = TestClient(build_api(Settings(store=ROOT, max_body_bytes=1024), echo, open_root=lambda _: store))
+    _problem(_s3(client), 413, "too_large")
+    [job] = echo.large
+    assert (job.tenant, job.image.uri, job.target.uri) == ("local", f"{ROOT}/in/a.png", f"{ROOT}/out/a.png")
+    assert 0 < job.budget_s <= 60
 
 
 @pytest.mark.parametrize(
