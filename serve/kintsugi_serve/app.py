@@ -20,6 +20,7 @@ from kintsugi_serve.api import build_api
 from kintsugi_serve.audit import keep_audit
 from kintsugi_serve.batch_run import RunOptions
 from kintsugi_serve.batch_service import RayBatchService
+from kintsugi_serve.inner_port import keep_to_node
 from kintsugi_serve.jobs import Answer, Job, LargeAnswer, LargeJob, LoadedModel, Rejection, Serving
 from kintsugi_serve.replica import Replica
 from kintsugi_serve.schemas import Args, Refusal, Settings
@@ -105,6 +106,7 @@ class Ingress:
     def __init__(
         self, settings: Settings, replicas: DeploymentHandle[Replica], model: str, batches: RunOptions
     ) -> None:
+        keep_to_node()
         self._settings = settings
         self._replicas = replicas
         self._model = model
@@ -140,6 +142,17 @@ def build(args: Args) -> serve.Application:
     return bind(args)
 
 
+def in_ray(replica_class: type[Replica]) -> type[Replica]:
+    """The replica as Ray Serve starts it."""
+
+    class InRay(replica_class):
+        def __init__(self, settings: Settings) -> None:
+            keep_to_node()
+            super().__init__(settings)
+
+    return InRay
+
+
 def bind(args: Args, replica_class: type[Replica] = Replica) -> serve.Application:
     """Ingress and replicas with the options that `args` give them; `replica_class` may bring models of its own."""
     settings = args.settings()
@@ -161,7 +174,7 @@ def bind(args: Args, replica_class: type[Replica] = Replica) -> serve.Applicatio
         health_check_period_s=5,
         graceful_shutdown_timeout_s=args.timeout_s,
         logging_config={"enable_access_log": False},
-    )(replica_class)
+    )(in_ray(replica_class))
     streamed = Limits(args.max_streamed_pixels, args.max_streamed_bytes, args.decode_timeout_s)
     batches = RunOptions(args.max_replicas, args.num_cpus, args.num_gpus, args.threads, args.max_body_bytes, streamed)
     ingress = serve.deployment(
