@@ -14,6 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from kintsugi.storage import ObjectStore, open_store, sha256
 from kintsugi_serve.batch_routes import BatchService, build_routes
+from kintsugi_serve.crowd import Crowd
 from kintsugi_serve.edge import Edge, Metrics, handle_errors
 from kintsugi_serve.exposition import Exposition
 from kintsugi_serve.jobs import USE_A_BATCH, Answer, Backend, Job, LargeJob, LoadedModel, Rejection, Serving
@@ -107,6 +108,7 @@ class Service:
         self._places = places
         self._results = results
         self._repeats = Repeats()
+        self._crowd = Crowd()
         self._answered: tuple[float, LoadedModel] | None = None
 
     async def restore(
@@ -119,9 +121,10 @@ class Service:
     ) -> Response:
         as_json = "application/json" in request.headers.get("accept", "")
         asked = Job(b"", None, white_level, model, embed=embed, defect_map=defect_map and as_json)
-        job = await read_job(request, asked)
-        await self._repeats.check(request.state.caller.tenant, request.headers, job)
-        answer = await self._restored(request, job)
+        with self._crowd.entered():
+            job = await read_job(request, asked)
+            await self._repeats.check(request.state.caller.tenant, request.headers, job)
+            answer = await self._restored(request, job)
         headers = answer_headers(answer)
         if not as_json:
             return Response(answer.image, headers=headers, media_type=f"image/{answer.format}")

@@ -314,7 +314,7 @@ def recovery_s(probes: list[Sample], calm_ms: float, ended: float) -> float:
     for first in range(len(probes) - 4):
         five = probes[first : first + 5]
         if all(p.status == 200 for p in five) and 1000 * median(p.seconds for p in five) <= 2 * calm_ms:
-            return max(five[0].at - ended, 0.0)
+            return max(five[0].at + five[0].seconds - ended, 0.0)
     return float("inf")
 
 
