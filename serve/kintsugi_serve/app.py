@@ -164,7 +164,7 @@ def bind(args: Args, replica_class: type[Replica] = Replica) -> serve.Applicatio
         ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
         max_ongoing_requests=args.max_ongoing_requests,
         max_queued_requests=args.max_queued_requests,
-        request_router_config=RequestRouterConfig(max_backoff_s=MOST_BACKOFF_S),
+        request_router_config=RequestRouterConfig(max_backoff_s=MOST_BACKOFF_S),  # pyright: ignore[reportArgumentType]
         autoscaling_config={
             "min_replicas": args.min_replicas,
             "max_replicas": args.max_replicas,
