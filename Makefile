@@ -24,22 +24,22 @@ demo: $(STAMP) ## Go the whole way on this machine; ARGS= for 'kintsugi demo'
 
 .PHONY: test
 test: $(STAMP) ## Run the tests; ARGS= for pytest
-	@infra/gateway/get-nginx > /dev/null || echo "warning: the tests of the gateway are skipped" >&2
-	@infra/kuberay/get-kubectl > /dev/null || echo "warning: the tests of the KubeRay manifests are skipped" >&2
-	@infra/monitoring/get-prometheus > /dev/null || echo "warning: the tests of the monitoring are skipped" >&2
+	@infra/get-debian nginx nginx > /dev/null || echo "warning: the tests of the gateway are skipped" >&2
+	@infra/get-debian kubernetes-client kubectl > /dev/null || echo "warning: the tests of the KubeRay manifests are skipped" >&2
+	@infra/get-debian prometheus promtool > /dev/null || echo "warning: the tests of the monitoring are skipped" >&2
 	$(BIN)/pytest $(ARGS)
 
 .PHONY: nginx
 nginx: ## Unpack Debian's nginx into .kintsugi, unless there is one already
-	@infra/gateway/get-nginx
+	@infra/get-debian nginx nginx
 
 .PHONY: kubectl
 kubectl: ## Unpack Debian's kubectl into .kintsugi, unless there is one already
-	@infra/kuberay/get-kubectl
+	@infra/get-debian kubernetes-client kubectl
 
 .PHONY: prometheus
 prometheus: ## Unpack Debian's prometheus into .kintsugi, unless there is one already
-	@infra/monitoring/get-prometheus
+	@infra/get-debian prometheus promtool
 
 .PHONY: check
 check: $(STAMP) ## Lint, format, types, import arrows

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-GET_NGINX = Path(__file__).parents[2] / "infra/gateway/get-nginx"
+GET_NGINX = [Path(__file__).parents[2] / "infra/get-debian", "nginx", "nginx"]
 Rows = Callable[..., dict[str, dict[str, Any]]]
 
 
@@ -16,7 +16,7 @@ Rows = Callable[..., dict[str, dict[str, Any]]]
 def test_a_service_that_is_killed_spoilt_and_starved_loses_doubles_and_alters_nothing(
     rows_of: Rows, tmp_path: Path
 ) -> None:
-    if subprocess.run([GET_NGINX], capture_output=True, check=False).returncode:
+    if subprocess.run(GET_NGINX, capture_output=True, check=False).returncode:
         pytest.skip("there is no nginx: run 'make nginx', or install it")
     few = {"requests": 300, "every": 2, "rollouts": 3, "away": 5, "malformed": 120, "replicas": 2}
     rows = rows_of("chaos_serve.py", "chaos", tmp_path, *(f"--{name}={value}" for name, value in few.items()))
