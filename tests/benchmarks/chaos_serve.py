@@ -25,6 +25,7 @@ from gateway import Gateway
 from malformed import corpus
 from rows import Row, measured, output_of, print_table, write_rows
 from serve_plant import Plant, plant, publish
+from train_cluster import wait_until
 
 from kintsugi import imaging
 from kintsugi.registry import ModelVersion, Registry
@@ -247,10 +248,12 @@ def store_away(here: Plant, gateway: Gateway, seconds: float) -> list[Row]:
     return [measured("S3 away: uploads not answered", failed, "== 0", n=tally.done, note=note)]
 
 
-def malformed(here: Plant, address: str, count: int) -> list[Row]:
+def malformed(here: Plant, address: str, count: int, replicas: int) -> list[Row]:
     """Send broken and hostile images; the service must refuse each with a code, and live."""
     import httpx2
 
+    # What was killed before this part may still be starting.
+    wait_until(lambda: len(here.replicas()) == replicas, f"{replicas} replicas", lambda: f"{len(here.replicas())} are")
     before = here.replicas()
     with httpx2.Client(base_url=address, timeout=120) as client:
         for image in pictures():
@@ -265,11 +268,11 @@ def malformed(here: Plant, address: str, count: int) -> list[Row]:
             if not refused:
                 strange.append(f"{name}: {answer.status_code}")
         grown = (_memory(before) - memory) / 2**20
-        restarts = len({process.pid for process in before} ^ {process.pid for process in here.replicas()})
+        ended = len({process.pid for process in before} - {process.pid for process in here.replicas()})
     return [
         measured("malformed: not refused with a code", len(strange), "== 0", n=count, note="; ".join(strange[:3])),
         measured("malformed: 5xx", sum(n for code, n in statuses.items() if code >= "500"), "== 0", n=count),
-        measured("malformed: replicas that ended", restarts, "== 0", n=count, note=_told(statuses)),
+        measured("malformed: replicas that ended", ended, "== 0", n=count, note=_told(statuses)),
         measured("malformed: growth of the replicas' memory", grown, "<= 50", unit="MiB", n=count),
     ]
 
@@ -299,7 +302,7 @@ def main(words: list[str] | None = None) -> int:
             "kills": lambda: kills(here, gateway, options.requests, options.every),
             "rollouts": lambda: rollouts(here, gateway, options.rollouts),
             "store": lambda: store_away(here, gateway, options.away),
-            "malformed": lambda: malformed(here, address, options.malformed),
+            "malformed": lambda: malformed(here, address, options.malformed, options.replicas),
         }
         for part in options.only:
             rows += parts[part]()
