@@ -113,7 +113,15 @@ def ended(process: "subprocess.Popen[str]", code: int = 0) -> "subprocess.Comple
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Generator[Machine]:
+def interruptible() -> Generator[None]:
+    """A shell starts what runs in its background with SIGINT ignored, and processes inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory, interruptible: None) -> Generator[Machine]:
     machine = Machine(tmp_path_factory.mktemp("jobs"))
     (machine.home.parent / "store").mkdir()
     ports = [part for name in ("dashboard", "tensorboard", "ray", "endpoint") for part in (f"--{name}-port", "0")]
