@@ -29,6 +29,11 @@ test: $(STAMP) ## Run the tests; ARGS= for pytest
 	@infra/get-debian prometheus promtool > /dev/null || echo "warning: the tests of the monitoring are skipped" >&2
 	$(BIN)/pytest $(ARGS)
 
+.PHONY: test-cluster
+test-cluster: $(STAMP) ## Run the tests on several hosts, which root makes of namespaces here; ARGS= for pytest
+	@command -v ip > /dev/null || apt-get install -y -qq --no-install-recommends iproute2
+	$(BIN)/pytest -m cluster $(ARGS)
+
 .PHONY: nginx
 nginx: ## Unpack Debian's nginx into .kintsugi, unless there is one already
 	@infra/get-debian nginx nginx
