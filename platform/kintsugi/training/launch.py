@@ -35,6 +35,7 @@ from kintsugi.storage import LONG, ObjectStore, open_store
 from kintsugi.training.curves import Curves
 from kintsugi.training.filesystem import run_storage
 from kintsugi.training.loop import Worker, fit
+from kintsugi.training.network import NodeNetwork
 from kintsugi.training.progress import ProgressBar, progress_line
 from kintsugi.training.provenance import source_commit, versions
 from kintsugi.training.state import TrainState, build_state
@@ -86,6 +87,7 @@ def launch_training(
     trainer = TorchTrainer(
         _worker_loop,
         train_loop_config=payload,
+        torch_config=NodeNetwork(),
         scaling_config=_scaling(config),
         run_config=RunConfig(
             name=name,
