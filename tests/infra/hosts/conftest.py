@@ -15,7 +15,7 @@ from kintsugi.data.synthetic import write_synthetic
 from kintsugi.processes import wait_until
 
 TESTS = Path(__file__).parents[2]
-CONFIG, SPACE = (str(TESTS.parent / path) for path in ("platform/configs/demo.yaml", "tune/spaces/restoration.yaml"))
+CONFIG = str(TESTS.parent / "platform/configs/demo.yaml")
 SMALL = (
     *("data.crop=48", "model.base=8", "train.steps_per_epoch=10", "train.validation_images=6", "train.epochs=2"),
     *("search.trials=2", "search.screened=1", "search.epochs=2", "search.screen_epochs=1"),
@@ -36,11 +36,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def verb() -> Callable[..., list[str]]:
+def verb(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
     """The words of `train` or `tune`, small; `settings` of the configuration, `options` as they are."""
 
+    space = tmp_path_factory.mktemp("space") / "space.yaml"
+    space.write_text("parameters:\n  model.dropout: {uniform: [0.0, 0.3]}\n")
+
     def words(name: str, *settings: str, options: Sequence[str] = ()) -> list[str]:
-        what = {"train": [CONFIG], "tune": [SPACE, "--config", CONFIG]}[name]
+        what = {"train": [CONFIG], "tune": [str(space), "--config", CONFIG]}[name]
         sets = [part for value in (*SMALL, *settings) for part in ("--set", value)]
         return [name, *what, "--name", "unet", *sets, *options]
 
