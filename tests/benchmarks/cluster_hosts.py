@@ -5,6 +5,7 @@ Every node is started as `infra/hosts` starts it: with token, TLS and firewall.
 
 import json
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -42,6 +43,11 @@ class Cluster:
     def address(self) -> str:
         """Of the dashboard and the Jobs API."""
         return f"http://{self.hosts['head'].address}:{DASHBOARD}"
+
+    def card(self, log: str) -> dict[str, Any]:
+        """Of the model that a job published, as its log tells."""
+        (ref,) = set(re.findall(r"published (\w+@\d+)", log))
+        return json.loads(self.kintsugi("models", "show", ref, "--json").stdout)["card"]
 
     def endpoint(self, name: str) -> str:
         return f"http://{self.hosts[name].address}:{ENDPOINT}"
@@ -190,6 +196,8 @@ def _variables(folder: Path, hosts: Mapping[str, Host]) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_worker_niceness": "0",
+        "RAY_health_check_period_ms": "1000",
+        "RAY_health_check_failure_threshold": "10",
         "KINTSUGI_STORE": "s3://kintsugi",
         "KINTSUGI_CACHE": str(folder / "cache"),
         "KINTSUGI_HOME": str(folder / "home"),
