@@ -91,9 +91,8 @@ class Cluster:
 
     def start_ray(self, name: str) -> None:
         """As the unit of `infra/hosts` does. It ends when Ray does."""
-        own = ["--redis-password", self.variables["KINTSUGI_REDIS_PASSWORD"]] if name == "head" else []
         cpus = [f"--num-cpus={self.cpus[name]}"] if name in self.cpus else []
-        command = [str(START / "start-ray"), *own, *cpus]
+        command = [str(START / "start-ray"), *cpus]
         self.running[name] = self.hosts[name].start(command, self.logs / f"ray-{name}.log", self.of(name))
 
     def of(self, name: str) -> dict[str, str]:

@@ -27,7 +27,7 @@ def published(cluster: Any, run: str) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("dataset")
 def test_a_training_goes_on_when_the_cable_of_a_host_was_out(cluster: Any, verb: Callable[..., list[str]]) -> None:
-    """Ray gives the host up, and ends there when it hears of it; it is started again as `kintsugi-ray.service` would."""
+    """Ray gives the host up, and ends there when it hears of it; then it is started again, as the unit would."""
     settings = ("train.epochs=8", "train.max_failures=-1")
     begin(cluster, "cut", verb("train", *settings, options=("--run", "cut")))
     two = cluster.hosts["two"]
