@@ -1,9 +1,10 @@
-"""Train with two workers on one host and on two, in turn, and compare images per second; hosts are namespaces, needs root.
+"""Train with two workers on one host and on two, in turn, and compare images per second; needs root for its hosts.
 
     bench_hosts.py [--repeats 3] [--epochs 6]
 
-Both kinds run on the same cluster, each worker with one thread; a host has two CPUs, so that workers of one CPU share it and
-workers of more than one do not. The first epoch of a run, in which a host fetches the data, is left out.
+Both kinds run on the same cluster, each worker with one thread; a host has two CPUs, so that two workers of one CPU
+are on one, and workers of more than one CPU are not. The first epoch of a run, in which a host fetches the data, is
+left out.
 """
 
 import argparse
