@@ -48,7 +48,13 @@ def scaled_down(config: Mapping[str, Any], gcs: str) -> dict[str, Any]:
             "node_config": {},
         }
     # By its class: the type of its own name reads a file that Ray's wheel lacks.
-    provider = {"type": "external", "module": FAKE, "gcs_address": gcs, "head_node_id": FAKE_HEAD_ID, "launch_multiple": True}
+    provider = {
+        "type": "external",
+        "module": FAKE,
+        "gcs_address": gcs,
+        "head_node_id": FAKE_HEAD_ID,
+        "launch_multiple": True,
+    }
     shared = {"use_node_id_as_ip": True, "disable_node_updaters": True, "disable_launch_config_check": True}
     return {
         "cluster_name": config["cluster_name"],
@@ -147,10 +153,10 @@ class Autoscaled:
         """How many nodes of each group there have been."""
         return Counter(map(role, self._listed("nodes")))
 
-    def placed(self, kind: str) -> list[str]:
-        """The groups that took an actor of a class, each as often as it did."""
-        groups = {node["node_id"]: role(node) for node in self._listed("nodes")}
-        return [groups[actor["node_id"]] for actor in self._listed("actors") if kind in actor["class_name"]]
+    def placed(self, kind: str) -> Counter[str]:
+        """How many actors of a class each group took; `nowhere` is for those that wait."""
+        groups = {node["node_id"]: role(node) for node in self._listed("nodes")} | {None: "nowhere"}
+        return Counter(groups[actor["node_id"]] for actor in self._listed("actors") if kind in actor["class_name"])
 
     def deploy(self, config: Mapping[str, Any]) -> None:
         """As `serve deploy` does."""
