@@ -189,7 +189,10 @@ class Autoscaled:
         """A driver on the head."""
         command = [sys.executable, "-c", code, *arguments]
         variables = self._variables() | {"RAY_ADDRESS": f"127.0.0.1:{self.gcs}"}
-        return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+        try:
+            return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+        except subprocess.TimeoutExpired as error:
+            raise AssertionError(f"{error.stderr} {self.told()}") from None
 
 
 @pytest.fixture(scope="module")

@@ -118,6 +118,6 @@ def test_idle_nodes_leave(cluster: Any, endpoint: str, trained: str) -> None:
 
 
 def test_the_head_has_nothing_for_work(cluster: Any) -> None:
-    (head,) = cluster.nodes()
+    (head,) = (node for node in cluster.nodes() if node["labels"]["kintsugi.io/role"] == "head")
     assert not {"CPU", "GPU"} & head["resources_total"].keys()
     assert cluster.ask("GET", "/api/v0/nodes", token=False).status_code == 401
