@@ -42,6 +42,8 @@ from kintsugi.training.state import TrainState, build_state
 
 _log = logging.getLogger(__name__)
 _GIVEN_UP = "given-up.txt"
+_NODES = {"kintsugi.io/role": "!serve"}
+"""Workers keep off nodes that are labelled for the endpoint. A node without the label takes them."""
 _NO_SCORE = -1e9
 """Of a checkpoint within an epoch. Ray keeps the best, warns where there is none, and reads infinity back as None."""
 
@@ -116,7 +118,12 @@ def _scaling(config: ExperimentConfig) -> ScalingConfig:
     resources = {"CPU": train.cpus_per_worker, **({"GPU": 1} if train.gpu else {})}
     elastic = train.min_workers is not None and train.min_workers < train.workers
     workers = (train.min_workers, train.workers) if elastic else train.workers
-    return ScalingConfig(num_workers=workers, use_gpu=train.gpu, resources_per_worker=resources)  # pyright: ignore[reportArgumentType]
+    return ScalingConfig(
+        num_workers=workers,  # pyright: ignore[reportArgumentType]
+        use_gpu=train.gpu,
+        resources_per_worker=resources,
+        label_selector=_NODES,
+    )
 
 
 def _worker_loop(payload: dict[str, Any]) -> None:
