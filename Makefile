@@ -31,7 +31,7 @@ test: $(STAMP) ## Run the tests; ARGS= for pytest
 
 .PHONY: test-cluster
 test-cluster: $(STAMP) hosts ## Run the tests on several hosts, which root makes of namespaces here, and of autoscaling; ARGS= for pytest
-	$(BIN)/pytest -m "" tests/infra/hosts tests/infra/test_autoscaling.py $(ARGS)
+	$(BIN)/pytest -m "" tests/infra/hosts tests/infra/autoscaling $(ARGS)
 
 .PHONY: hosts
 hosts: ## Install Debian's iproute2, nftables and redis-server, which hosts made of namespaces need; root

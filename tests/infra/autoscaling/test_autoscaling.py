@@ -34,7 +34,6 @@ SMALL = [
 ]
 TRAIN = """
 from functools import partial
-from ray.train.torch import TorchConfig
 from kintsugi import cli
 from kintsugi.training import launch
 
@@ -45,7 +44,7 @@ def without_cuda(payload):
     launch._worker_loop(payload)
 
 launch._worker_loop = without_cuda
-launch.TorchTrainer = partial(launch.TorchTrainer, torch_config=TorchConfig(backend="gloo"))
+launch.NodeNetwork = partial(launch.NodeNetwork, backend="gloo")
 raise SystemExit(cli.main())
 """
 """`kintsugi train`, whose workers hold GPUs that are not there: gloo for NCCL, and the model on the CPU."""
