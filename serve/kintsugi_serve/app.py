@@ -16,15 +16,15 @@ from ray.serve.handle import DeploymentHandle
 
 from kintsugi.errors import KintsugiError
 from kintsugi.storage import open_store
-from kintsugi_serve.api import build_api
-from kintsugi_serve.audit import keep_audit
-from kintsugi_serve.batch_run import RunOptions
-from kintsugi_serve.batch_service import RayBatchService
+from kintsugi_serve.batches.run import RunOptions
+from kintsugi_serve.batches.service import RayBatchService
+from kintsugi_serve.decoding.strips import Limits
+from kintsugi_serve.ingress.api import build_api
+from kintsugi_serve.ingress.audit import keep_audit
 from kintsugi_serve.inner_port import keep_to_node
 from kintsugi_serve.jobs import Answer, Job, LargeAnswer, LargeJob, LoadedModel, Rejection, Serving
-from kintsugi_serve.replica import Replica
+from kintsugi_serve.replica.replica import Replica
 from kintsugi_serve.schemas import Args, Refusal, Settings
-from kintsugi_serve.strips_codec import Limits
 
 logger = logging.getLogger(__name__)
 

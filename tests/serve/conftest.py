@@ -13,7 +13,7 @@ from kintsugi.models import build_model
 from kintsugi.registry import ModelVersion, Registry
 from kintsugi.storage import LocalStore, sha256
 from kintsugi_serve.jobs import Answer, Job, LargeJob, LoadedModel, Rejection, Serving
-from kintsugi_serve.replica import Decoded, Infer, Inferred
+from kintsugi_serve.replica.replica import Decoded, Infer, Inferred
 from kintsugi_serve.schemas import Settings
 
 VERSION = LoadedModel("unet", 3, "d" * 64)
@@ -145,7 +145,7 @@ def one_by_one() -> object:
 def _no_processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Replicas decode in place, except where a test is about that."""
     if request.node.get_closest_marker("processes") is None:
-        monkeypatch.setattr("kintsugi_serve.replica.decoder_of", lambda settings: InPlace())
+        monkeypatch.setattr("kintsugi_serve.replica.replica.decoder_of", lambda settings: InPlace())
 
 
 @pytest.fixture
@@ -171,3 +171,16 @@ def publish() -> object:
 @pytest.fixture
 def echo() -> EchoBackend:
     return EchoBackend()
+
+
+@pytest.fixture
+def hostile(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A target of a decoder's child that does what the image says."""
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    return "hostile_target:decode"
+
+
+@pytest.fixture
+def hostile_strips(hostile: str) -> str:
+    """As `hostile`, for a child that unpacks a large image."""
+    return hostile.replace("decode", "unpack")

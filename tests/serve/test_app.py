@@ -14,7 +14,7 @@ from ray.serve.schema import ServeDeploySchema
 from kintsugi.errors import ModelNotFound
 from kintsugi.registry import Registry
 from kintsugi.storage import LocalStore
-from kintsugi_serve.addresses import S3Address
+from kintsugi_serve.access.addresses import S3Address
 from kintsugi_serve.app import MESSAGE_BYTES, ReplicaBackend, build
 from kintsugi_serve.jobs import Job, LargeAnswer, LargeJob, LoadedModel, Serving
 from kintsugi_serve.schemas import Args, Refusal

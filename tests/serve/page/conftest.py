@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from websockets.sync.client import connect
 
 from kintsugi import imaging
-from kintsugi_serve.api import build_api
+from kintsugi_serve.ingress.api import build_api
 from kintsugi_serve.jobs import Answer, Job, LoadedModel, Rejection, Serving
 from kintsugi_serve.schemas import Refusal, Settings
 
