@@ -1,6 +1,8 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from kintsugi.registry import ModelVersion, Registry
 from kintsugi.storage import LocalStore, sha256
 from kintsugi_serve.jobs import Answer, Job, LargeJob, LoadedModel, Rejection, Serving
 from kintsugi_serve.replica.replica import Decoded, Infer, Inferred
+from kintsugi_serve.replica.serving import Loaded
 from kintsugi_serve.schemas import Settings
 
 VERSION = LoadedModel("unet", 3, "d" * 64)
@@ -68,6 +71,25 @@ class InPlace:
     ) -> tuple[imaging.Image, np.ndarray | None]:
         known = imaging.decode_mask(mask, max_pixels=max_pixels) if mask is not None else None
         return imaging.decode(image, white_level=white_level, max_pixels=max_pixels), known
+
+
+class One:
+    """A source of one model, whatever is asked for."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def find(self, reference: str) -> Any:
+        return SimpleNamespace(ref="unet@1", name="unet", number=1, digest="d" * 64)
+
+    def load(self, version: Any) -> Loaded:
+        return Loaded(self.model, LoadedModel("unet", 1, "d" * 64))
+
+    def fallbacks(self, reference: str) -> list[Any]:
+        return []
+
+    def keep(self, reference: str, version: Any) -> None:
+        return None
 
 
 def _one_by_one(infer: Infer) -> Batched:
@@ -134,6 +156,11 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalStore:
 @pytest.fixture
 def settings(store: LocalStore) -> Settings:
     return Settings(store=str(store.root))
+
+
+@pytest.fixture
+def source_of() -> object:
+    return One
 
 
 @pytest.fixture

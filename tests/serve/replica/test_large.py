@@ -1,14 +1,9 @@
 """Images too large to be held, from store to store: over the routes, a replica in this process, and real children."""
 
 import asyncio
-import fcntl
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,19 +15,16 @@ from numpy.typing import NDArray
 
 from kintsugi import imaging
 from kintsugi.config import ExperimentConfig, with_values
-from kintsugi.errors import Abandoned, ImageError
+from kintsugi.errors import Abandoned
 from kintsugi.models import build_model
 from kintsugi.restore.restorer import Restorer, RestoreSettings
 from kintsugi.storage import LocalStore, sha256
 from kintsugi_serve.access.addresses import S3Address
 from kintsugi_serve.access.keys import Key, sha256_of
 from kintsugi_serve.decoding import scratch
-from kintsugi_serve.decoding.scratch import scratch_folder
-from kintsugi_serve.decoding.strips import Limits, Question, unpack
 from kintsugi_serve.ingress.api import build_api
-from kintsugi_serve.jobs import Job, LargeJob, LoadedModel, Rejection
+from kintsugi_serve.jobs import Job, LargeJob, Rejection
 from kintsugi_serve.replica.replica import Replica
-from kintsugi_serve.replica.serving import Loaded
 from kintsugi_serve.schemas import Refusal, Settings
 
 ROOT = "s3://plant/kintsugi"
@@ -56,25 +48,6 @@ class Counted:
         return self.restorer.restore_strips(*sources, **options)
 
 
-class One:
-    """A source of one model."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def find(self, reference: str) -> Any:
-        return SimpleNamespace(ref="unet@1", name="unet", number=1, digest="d" * 64)
-
-    def load(self, version: Any) -> Loaded:
-        return Loaded(self.model, LoadedModel("unet", 1, "d" * 64))
-
-    def fallbacks(self, reference: str) -> list[Any]:
-        return []
-
-    def keep(self, reference: str, version: Any) -> None:
-        return None
-
-
 class Here:
     """A backend that is a replica in this process."""
 
@@ -93,10 +66,10 @@ class Here:
 class Plant:
     """A service over stores in folders."""
 
-    def __init__(self, folder: Path, model: Any, **settings: Any) -> None:
+    def __init__(self, folder: Path, model: Any, source: Any, **settings: Any) -> None:
         self.folder, self.model = folder, model
         self.settings = Settings(store=ROOT, **{**SMALL, **settings})
-        self.replica = Replica(self.settings, shelving=lambda load: load, source=One(model), open_root=self.store)
+        self.replica = Replica(self.settings, shelving=lambda load: load, source=source, open_root=self.store)
         asyncio.run(self.replica.reconfigure({"model": "unet@1"}))
         self.backend: Any = Here(self.replica)
         self.client = TestClient(build_api(self.settings, self.backend, open_root=self.store))
@@ -130,16 +103,16 @@ def restorer() -> Restorer:
 
 
 @pytest.fixture
-def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restorer: Restorer) -> Callable[..., Plant]:
+def plant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restorer: Restorer, source_of: Callable[[Any], Any]
+) -> Callable[..., Plant]:
     monkeypatch.setenv("KINTSUGI_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("kintsugi_serve.replica.replica.decoder_of", lambda settings: InPlace())
-    return lambda model=None, **settings: Plant(tmp_path, model or Counted(restorer), **settings)
 
+    def build(model: Any = None, **settings: Any) -> Plant:
+        model = model or Counted(restorer)
+        return Plant(tmp_path, model, source_of(model), **settings)
 
-class InPlace:
-    async def decode(self, image: bytes, mask: bytes | None = None, *, white_level: Any, max_pixels: int) -> Any:
-        known = imaging.decode_mask(mask, max_pixels=max_pixels) if mask is not None else None
-        return imaging.decode(image, white_level=white_level, max_pixels=max_pixels), known
+    return build
 
 
 def _pixels(height: int = 300, width: int = 90, dtype: type = np.uint16) -> NDArray[Any]:
@@ -307,78 +280,7 @@ def test_a_wrong_white_level_is_refused(plant: Callable[..., Plant], level: int,
     assert (service.objects(), service.scratch) == ([], [])
 
 
-# ---------------------------------------------------------------------------- hostile and unlucky images
-
-
-def _unpacked(tmp_path: Path, data: bytes, **limits: Any) -> ImageError:
-    source = tmp_path / "large"
-    source.write_bytes(data)
-    (tmp_path / "rows").unlink(missing_ok=True)
-    with pytest.raises(ImageError) as caught:
-        unpack(Question(source, sha256(data)), tmp_path / "rows", Limits(**{"max_pixels": 10**6, **limits}))
-    return caught.value
-
-
-def _claiming(path: Path, **tags: int) -> bytes:
-    """A small TIFF whose header says something else."""
-    tifffile.imwrite(path, _pixels(64, 64, np.uint8), photometric="minisblack", compression="zlib")
-    with tifffile.TiffFile(path, mode="r+b") as tiff:
-        for name, value in tags.items():
-            tiff.pages.first.tags[name].overwrite(value)
-    return path.read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("tags", "code"),
-    [
-        ({"ImageWidth": 60000, "ImageLength": 60000}, "too_large"),
-        ({"ImageLength": 15000}, "undecodable"),
-        ({"RowsPerStrip": 1}, "undecodable"),
-    ],
-)
-def test_a_header_that_claims_what_is_not_there_costs_nothing(tmp_path: Path, tags: dict[str, int], code: str) -> None:
-    assert _unpacked(tmp_path, _claiming(tmp_path / "claims.tif", **tags)).code == code
-    assert not (tmp_path / "rows").exists() or (tmp_path / "rows").stat().st_size == 0
-
-
-def test_rows_too_wide_or_too_many_bytes_are_refused(tmp_path: Path) -> None:
-    tifffile.imwrite(tmp_path / "wide.tif", np.zeros((2, 2**16 + 1), np.uint8), photometric="minisblack")
-    wide = _unpacked(tmp_path, (tmp_path / "wide.tif").read_bytes())
-    assert wide.code == "too_large" and "turn the image" in str(wide)
-    tifffile.imwrite(tmp_path / "long.tif", np.zeros((300, 100), np.uint16), photometric="minisblack", compression=8)
-    long = _unpacked(tmp_path, (tmp_path / "long.tif").read_bytes(), max_bytes=50_000)
-    assert long.code == "too_large" and "60000 bytes of pixels" in str(long)
-
-
-@pytest.mark.parametrize("verb", ["crash", "spin", "babble", "exceed"])
-def test_an_image_that_ends_its_process_twice_is_not_tried_again(
-    tmp_path: Path, hostile_strips: str, verb: str
-) -> None:
-    image = b"II*\0" + verb.encode()
-    limits = {"target": hostile_strips, "ledger": tmp_path / "ledger", "decode_timeout_s": 1}
-    found = [_unpacked(tmp_path, image, **limits) for _ in range(3)]
-    assert [error.code for error in found] == ["undecodable", "undecodable", "poison"]
-
-
-def test_a_child_writes_no_more_than_it_announced(tmp_path: Path, hostile_strips: str) -> None:
-    (tmp_path / "large").write_bytes(b"II*\0flood")
-    unpack(Question(tmp_path / "large", "0" * 64), tmp_path / "rows", Limits(target=hostile_strips))
-    assert (tmp_path / "rows").stat().st_size == 64
-
-
-def test_a_child_whose_image_nobody_waits_for_is_ended(tmp_path: Path, hostile_strips: str) -> None:
-    (tmp_path / "large").write_bytes(b"II*\0spin")
-    limits = Limits(target=hostile_strips, ledger=tmp_path / "ledger", decode_timeout_s=3600)
-    with pytest.raises(Abandoned):
-        unpack(Question(tmp_path / "large", "0" * 64), tmp_path / "rows", limits, stop=lambda: True)
-    assert not (tmp_path / "ledger").exists()
-
-
-def test_an_image_that_eats_memory_is_refused(tmp_path: Path, hostile_strips: str) -> None:
-    assert _unpacked(tmp_path, b"II*\0nibble", target=hostile_strips, decode_timeout_s=60).code in (
-        "undecodable",
-        "too_large",
-    )
+# ---------------------------------------------------------------------------- one model and one disk for all
 
 
 def test_a_disk_without_room_refuses_before_anything_is_fetched(
@@ -393,26 +295,6 @@ def test_a_disk_without_room_refuses_before_anything_is_fetched(
     assert (answer.status_code, answer.json()["code"]) == (503, "unavailable")
     assert "KINTSUGI_CACHE" in answer.json()["detail"] and int(answer.headers["retry-after"]) >= 1
     assert service.scratch == []
-
-
-def test_scratch_that_a_killed_process_left_is_removed_and_that_of_a_living_one_is_not(tmp_path: Path) -> None:
-    (tmp_path / "left").mkdir()
-    (tmp_path / "left" / "rows").write_bytes(b"x")
-    (tmp_path / "held").mkdir()
-    held = os.open(tmp_path / "held", os.O_RDONLY)
-    fcntl.flock(held, fcntl.LOCK_EX)
-    with scratch_folder(tmp_path) as folder, scratch_folder(tmp_path) as other:
-        assert {path.name for path in tmp_path.iterdir()} == {"held", folder.name, other.name}
-    assert [path.name for path in tmp_path.iterdir()] == ["held"]
-    os.close(held)
-
-
-def test_who_reads_strips_loads_no_torch() -> None:
-    code = "import sys, kintsugi_serve.decoding.strips_child; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-# ---------------------------------------------------------------------------- one model for all
 
 
 class Slow(Counted):

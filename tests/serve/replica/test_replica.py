@@ -3,7 +3,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +18,6 @@ from kintsugi.storage import LocalStore, sha256
 from kintsugi_serve.decoding.codec import Decoder
 from kintsugi_serve.jobs import Answer, Job, LoadedModel, Rejection
 from kintsugi_serve.replica.replica import Replica, batching_of, in_turn
-from kintsugi_serve.replica.serving import Loaded
 from kintsugi_serve.schemas import Settings
 
 KINDS: list[tuple[Any, type, imaging.Format]] = [
@@ -31,6 +30,9 @@ KINDS: list[tuple[Any, type, imaging.Format]] = [
     ((40, 48), np.uint8, "bmp"),
     ((41, 47), np.uint8, "jpeg"),
 ]
+
+
+OfModel = Callable[[Any, Any], Replica]
 
 
 class Doubtful:
@@ -56,35 +58,17 @@ class Doubtful:
         ]
 
 
-class One:
-    """A source of one model, whatever is asked for."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def find(self, reference: str) -> Any:
-        return SimpleNamespace(ref="unet@1", name="unet", number=1, digest="d" * 64)
-
-    def load(self, version: Any) -> Loaded:
-        return Loaded(self.model, LoadedModel("unet", 1, "d" * 64))
-
-    def fallbacks(self, reference: str) -> list[Any]:
-        return []
-
-    def keep(self, reference: str, version: Any) -> None:
-        return None
-
-
 def _unshelved(load: Any) -> Any:
     return load
 
 
-def _of_model(settings: Settings, model: Any, batching: Any) -> Replica:
-    return Replica(settings, batching=batching, shelving=_unshelved, source=One(model))
+@pytest.fixture
+def of_model(settings: Settings, source_of: Callable[[Any], Any]) -> OfModel:
+    """A replica for one model, which it has not taken into service yet."""
+    return lambda model, batching: Replica(settings, batching=batching, shelving=_unshelved, source=source_of(model))
 
 
-def _replica(settings: Settings, model: Any, batching: Any) -> Replica:
-    replica = _of_model(settings, model, batching)
+def _in_service(replica: Replica) -> Replica:
     asyncio.run(replica.reconfigure({"model": "unet@1"}))
     return replica
 
@@ -152,11 +136,11 @@ def test_bad_input_is_an_answer_with_its_code(
     assert isinstance(asyncio.run(replica.restore(Job(image, mask_file()))), Answer)
 
 
-def test_images_that_come_together_pass_the_model_together(settings: Settings, picture: Any, gathered: Any) -> None:
+def test_images_that_come_together_pass_the_model_together(of_model: OfModel, picture: Any, gathered: Any) -> None:
     model = Doubtful()
 
     async def ask() -> list[Any]:
-        replica = _of_model(settings, model, gathered(3))
+        replica = of_model(model, gathered(3))
         await replica.reconfigure({"model": "unet@1"})
         return await asyncio.gather(*(replica.restore(Job(picture((32, 32 + i)))) for i in range(3)))
 
@@ -165,12 +149,12 @@ def test_images_that_come_together_pass_the_model_together(settings: Settings, p
     assert [imaging.decode(answer.image).size for answer in answers] == [(32, 32), (32, 33), (32, 34)]
 
 
-def test_an_image_that_breaks_the_model_does_not_take_its_neighbours_along(settings: Settings, gathered: Any) -> None:
+def test_an_image_that_breaks_the_model_does_not_take_its_neighbours_along(of_model: OfModel, gathered: Any) -> None:
     files = [imaging.encode(imaging.Image(np.full((8, 8), level, np.uint8))) for level in (10, 250, 20)]
 
     async def ask() -> list[Any]:
         model = Doubtful(limit=200)
-        replica = _of_model(settings, model, gathered(3))
+        replica = of_model(model, gathered(3))
         await replica.reconfigure({"model": "unet@1"})
         return await asyncio.gather(*(replica.restore(Job(data)) for data in files))
 
@@ -179,8 +163,8 @@ def test_an_image_that_breaks_the_model_does_not_take_its_neighbours_along(setti
     assert isinstance(second, Rejection) and second.code == "internal"
 
 
-def test_an_answer_of_another_size_is_never_given(settings: Settings, picture: Any, one_by_one: Any) -> None:
-    answer = asyncio.run(_replica(settings, Doubtful(crop=1), one_by_one).restore(Job(picture())))
+def test_an_answer_of_another_size_is_never_given(of_model: OfModel, picture: Any, one_by_one: Any) -> None:
+    answer = asyncio.run(_in_service(of_model(Doubtful(crop=1), one_by_one)).restore(Job(picture())))
     assert isinstance(answer, Rejection)
     assert answer.code == "internal"
 
@@ -219,20 +203,20 @@ def test_a_request_may_name_another_published_model(
     assert asyncio.run(replica.resolve(None)).number == 2
 
 
-def test_a_job_without_time_left_is_not_answered(settings: Settings, picture: Any, gathered: Any) -> None:
+def test_a_job_without_time_left_is_not_answered(of_model: OfModel, picture: Any, gathered: Any) -> None:
     model = Doubtful()
-    answer = asyncio.run(_replica(settings, model, gathered(2)).restore(Job(picture(), budget_s=0.05)))
+    answer = asyncio.run(_in_service(of_model(model, gathered(2))).restore(Job(picture(), budget_s=0.05)))
     assert isinstance(answer, Rejection) and answer.code == "timeout"
     assert model.batches == []
 
 
 def test_work_for_a_client_that_is_gone_does_not_reach_the_model(
-    settings: Settings, picture: Any, gathered: Any
+    of_model: OfModel, picture: Any, gathered: Any
 ) -> None:
     model = Doubtful()
 
     async def ask() -> Any:
-        replica = _of_model(settings, model, gathered(2))
+        replica = of_model(model, gathered(2))
         await replica.reconfigure({"model": "unet@1"})
         gone = asyncio.create_task(replica.restore(Job(picture(), budget_s=0.05)))
         await gone
@@ -260,12 +244,12 @@ class Slow(Doubtful):
 
 
 def test_the_model_ends_halfway_when_its_client_goes_away_and_the_next_image_is_answered(
-    settings: Settings, picture: Any
+    of_model: OfModel, picture: Any
 ) -> None:
     model = Slow()
 
     async def ask() -> Any:
-        replica = _of_model(settings, model, in_turn)
+        replica = of_model(model, in_turn)
         await replica.reconfigure({"model": "unet@1"})
         gone = asyncio.create_task(replica.restore(Job(picture())))
         await asyncio.to_thread(model.begun.wait)
