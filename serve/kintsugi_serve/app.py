@@ -14,7 +14,8 @@ from ray.serve.config import BackpressureConfig, RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from kintsugi.errors import KintsugiError
+from kintsugi import doors
+from kintsugi.errors import KintsugiError, StoreUnavailable
 from kintsugi.storage import open_store
 from kintsugi_serve.batches.run import RunOptions
 from kintsugi_serve.batches.service import RayBatchService
@@ -130,17 +131,24 @@ class Ingress:
 
 
 def build(args: Args) -> serve.Application:
-    """The application for `serve run`, `serve deploy` and `kintsugi serve`.
+    """The application for `serve run`, `serve deploy`, a RayService and `kintsugi serve`: built once a deployment.
 
     Every replica follows an alias (`args.follow_s`), also those that are started later. To name another model, change
     the Replica deployment's `user_config`: replicas swap it in place.
 
+    A store that does not answer now stops no deployment: replicas start from their cache, or try again.
+
     Raises:
         ModelNotFound: `args.model` names no published model.
+        ConfigError, StoreError: a door of the store is open (`doors.check_store`).
     """
     from kintsugi.registry import Registry
 
-    Registry(open_store(args.store)).resolve(args.model)
+    try:
+        doors.check_store(args.store)
+        Registry(open_store(args.store)).resolve(args.model)
+    except StoreUnavailable as error:
+        logger.warning("neither the store nor %s could be checked before they are served: %s", args.model, error)
     return bind(args)
 
 
