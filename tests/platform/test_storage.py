@@ -68,6 +68,15 @@ def test_the_size_of_an_object_is_told_without_its_neighbours(store: ObjectStore
     assert store.size("a.png") == 0
 
 
+def test_the_start_of_an_object_is_as_long_as_asked_for_or_as_the_object(store: ObjectStore) -> None:
+    store.put("k", b"II*\0 and more")
+    store.put("empty", b"")
+    assert (store.get_start("k", 4), store.get_start("k", 99)) == (b"II*\0", b"II*\0 and more")
+    assert store.get_start("empty", 4) == b""
+    with pytest.raises(ObjectNotFound):
+        store.get_start("none", 4)
+
+
 def test_create_only_refuses_a_key_that_exists_and_keeps_its_object(store: ObjectStore) -> None:
     store.put("k", b"first", if_none_match=True)
     with pytest.raises(PreconditionFailed):

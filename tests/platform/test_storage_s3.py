@@ -68,6 +68,19 @@ def test_s3_reads_bytes_and_etag() -> None:
         assert store.get_with_etag("k") == (b"content", '"tag"')
 
 
+def test_s3_reads_no_more_than_the_start_that_was_asked_for() -> None:
+    store, stub = _s3()
+    asked = {"Bucket": "bucket", "Key": "root/k", "Range": "bytes=0-3"}
+    with stub:
+        stub.add_response("get_object", {"Body": StreamingBody(io.BytesIO(b"II*\0"), 4)}, asked)
+        stub.add_client_error("get_object", "InvalidRange", "empty", 416, expected_params=asked)
+        stub.add_client_error("get_object", "NoSuchKey", "none", 404, expected_params=asked)
+        assert store.get_start("k", 4) == b"II*\0"
+        assert store.get_start("k", 4) == b""
+        with pytest.raises(ObjectNotFound):
+            store.get_start("k", 4)
+
+
 def test_s3_asks_for_the_head_of_an_object_to_know_its_size() -> None:
     store, stub = _s3()
     with stub:

@@ -202,9 +202,9 @@ def _restored_whole(bench: Bench, item: Input, data: bytes) -> dict[str, Any]:
 def _restored_on_disk(bench: Bench, item: Input, facts: dict[str, Any]) -> dict[str, Any]:
     """A TIFF in strips; images of other formats are still held whole, up to `max_bytes`."""
     with scratch_folder(cache_folder() / "scratch") as folder:
-        image = fetch(bench.source, item.key, folder / "image", bench.streamed)
+        image = fetch(bench.source, item.key, folder / "image", bench.streamed, other_bytes=bench.max_bytes)
         facts["input_sha256"] = image.content.sha256
-        if not image.is_tiff and image.content.size <= bench.max_bytes:
+        if not image.is_tiff:
             return _restored_whole(bench, item, image.path.read_bytes())
         answer = restore_on_disk(bench.model, image, None, bench.batch.white_level, bench.streamed)
         return _written(bench, item, answer.path, answer.report)

@@ -69,8 +69,11 @@ class Restored:
     model_ms: float
 
 
-def fetch(store: ObjectStore, key: str, path: Path, limits: Limits) -> Fetched:
-    """Bring an object onto the disk; its size is looked at first.
+def fetch(store: ObjectStore, key: str, path: Path, limits: Limits, *, other_bytes: int = 0) -> Fetched:
+    """Bring an object onto the disk; its size is looked at first, and whether it begins as a TIFF.
+
+    Args:
+        other_bytes: what an image that is no TIFF may have.
 
     Raises:
         ImageError: `too_large`.
@@ -81,6 +84,9 @@ def fetch(store: ObjectStore, key: str, path: Path, limits: Limits) -> Fetched:
     size = store.size(key)
     if size > limits.max_bytes:
         raise ImageError("too_large", f"{uri} has {size} bytes, more than {limits.max_bytes}: cut the image")
+    if size > other_bytes and not starts_as_tiff(store.get_start(key, 4)):
+        told = f"{uri} has {size} bytes, too many for an image that is no TIFF"
+        raise ImageError("too_large", f"{told}: save it as TIFF, also a mask")
     check_space(path.parent, size)
     store.download(key, path)
     return Fetched(path, uri, Content.of(path))
@@ -105,13 +111,8 @@ def restore_on_disk(
         turn: the model's time is passed on before each tile.
 
     Raises:
-        ImageError, Refusal, Abandoned: as `strips.unpack` and `Restorer.restore_strips`; `too_large`, where
-            image or mask are no TIFF, of which larger ones are taken than of other formats.
+        ImageError, Refusal, Abandoned: as `strips.unpack` and `Restorer.restore_strips`.
     """
-    for given in (image, mask):
-        if given and not given.is_tiff:
-            told = f"{given.uri} has {given.content.size} bytes, too many for an image that is no TIFF"
-            raise ImageError("too_large", f"{told}: save it as TIFF, also a mask")
     started = time.perf_counter()
     source = _unpacked(Question(image.path, image.content.sha256, white_level), limits, stop)
     known = _unpacked(Question(mask.path, mask.content.sha256, mask=True), limits, stop) if mask else None

@@ -203,8 +203,11 @@ def test_a_small_file_of_many_pixels_goes_the_same_way(plant: Callable[..., Plan
     assert service.model.large == 1
 
 
-def test_a_large_image_of_another_format_is_told_of_tiff(plant: Callable[..., Plant]) -> None:
+def test_a_large_image_of_another_format_is_told_of_tiff_and_not_fetched(
+    plant: Callable[..., Plant], monkeypatch: pytest.MonkeyPatch
+) -> None:
     service = plant()
+    monkeypatch.setattr(LocalStore, "download", lambda *words: pytest.fail("it was fetched"))
     service.store(ROOT).put("in/a.png", imaging.encode(imaging.Image(_pixels(), "png", 65535)))
     answer = service.ask(input="in/a.png")
     assert (answer.status_code, answer.json()["code"]) == (413, "too_large")
