@@ -191,7 +191,8 @@ def test_a_search_of_more_trials_than_cpus_ends_and_publishes_its_best(
 def test_tensorboard_shows_the_trials_of_a_search(addresses: dict[str, str], searched: dict[str, Any]) -> None:
     runs = [trial["run"] for trial in searched["trials"] if trial["state"] == "complete"]
     deadline = time.monotonic() + 60
-    while not all(any(run in shown for shown in _tensorboard_runs(addresses)) for run in runs):
+    asked = f"{addresses['tensorboard'].rstrip('/')}/data/runs"
+    while not all(any(run in shown for shown in httpx.get(asked, timeout=30).json()) for run in runs):
         assert time.monotonic() < deadline, "TensorBoard does not show the trials"
         time.sleep(0.5)  # polls TensorBoard
 
@@ -240,10 +241,6 @@ def test_optuna_dashboard_shows_both_studies_of_a_search(machine: Machine, searc
         process.terminate()
         process.communicate()
     assert sorted(study["study_name"] for study in studies["study_summaries"]) == ["full", "screen"]
-
-
-def _tensorboard_runs(addresses: dict[str, str]) -> list[str]:
-    return httpx.get(f"{addresses['tensorboard'].rstrip('/')}/data/runs", timeout=30).json()
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("png", np.uint8), ("png", np.uint16), ("tiff", np.uint16)])
@@ -352,7 +349,7 @@ def test_the_standard_platform_module_works_in_a_ray_task_with_the_root_as_worki
 
 
 def test_no_port_of_the_stack_answers_from_beyond_this_machine_or_without_a_secret(
-    machine: Machine, addresses: dict[str, str]
+    machine: Machine, addresses: dict[str, str], unlocked: Any
 ) -> None:
     """But TensorBoard and the endpoint, which have none on 127.0.0.1, metrics, and two pages without data."""
     stack = local.find(Path(machine.environment["KINTSUGI_HOME"]))
@@ -360,52 +357,15 @@ def test_no_port_of_the_stack_answers_from_beyond_this_machine_or_without_a_secr
     found = here.listens(here.family(stack))
     assert len(found) > 15 and [host for host, _ in found if not doors.is_loopback(host)] == []
     by_design = {urlsplit(url).port for url in (addresses["tensorboard"], addresses["endpoint"])}
-    told = {port: paths for _, port in found if port not in by_design and (paths := _told_by_http(port))}
+    told = {port: paths for _, port in found if port not in by_design and (paths := unlocked.paths(port))}
     assert told == {}
-    calls = [call for _, port in found for call in _by_grpc(port).items()]
+    calls = [call for _, port in found for call in unlocked.calls(port).items()]
     assert [call for call, code in calls if code == grpc.StatusCode.OK] == []
-    assert {call for call, code in calls if code == grpc.StatusCode.UNAUTHENTICATED} == set(RAY_CALLS)
-
-
-def _told_by_http(port: int) -> list[str]:
-    """The paths that answer without a secret."""
-    paths = ("/", "/api/jobs/", "/api/version", "/nodes?view=summary", "/logs/", "/metrics", "/api/job_agent/jobs/")
-    paths += ("/dir/assign", "/dir/status", "/col/delete?collection=kintsugi", "/kintsugi", "/buckets/kintsugi/")
-    answers = {path: doors.ask(f"http://127.0.0.1:{port}{path}") for path in paths}
-    harmless = (b"# HELP", b"<!doctype html>", b"<!DOCTYPE html>")
-    return [path for path, a in answers.items() if a and a.status < 400 and not a.body.startswith(harmless)]
-
-
-RAY_CALLS = (
-    *("NodeInfoGcsService/GetAllNodeInfo", "RayletDriver/Terminate", "ReporterService/GetTraceback"),
-    *("NodeManagerService/GetNodeStats", "ObjectManagerService/Pull"),
-)
-"""Of the GCS, the Ray client's server, the agent, and the raylet's two ports."""
-
-
-def _by_grpc(port: int) -> dict[str, grpc.StatusCode]:
-    """How each call is answered without a secret."""
-    calls = [f"ray.rpc.{call}" for call in RAY_CALLS]
-    calls += ["master_pb.Seaweed/ListMasterClients", "filer_pb.SeaweedFiler/GetFilerConfiguration"]
-    with grpc.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.enable_http_proxy", 0)]) as channel:
-        return {call.removeprefix("ray.rpc."): _called(channel, call) for call in calls}
-
-
-def _called(channel: grpc.Channel, call: str) -> grpc.StatusCode:
-    try:
-        channel.unary_unary(f"/{call}")(b"", timeout=10)
-    except grpc.RpcError as error:
-        return error.code()
-    return grpc.StatusCode.OK
+    assert {call for call, code in calls if code == grpc.StatusCode.UNAUTHENTICATED} == set(unlocked.ray_calls)
 
 
 def test_the_dashboard_answers(addresses: dict[str, str]) -> None:
     assert httpx.get(addresses["dashboard"], timeout=30).status_code == 200
-
-
-def test_the_serve_config_file_names_what_the_rooms_hold(machine: Machine) -> None:
-    config = yaml.safe_load((machine.root / "serve/application.yaml").read_text())
-    assert config["applications"][0]["import_path"] == "kintsugi_serve.app:build"
 
 
 @pytest.mark.usefixtures("trained", "searched")
