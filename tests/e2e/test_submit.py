@@ -150,12 +150,14 @@ def proxy(by_address: dict[str, str]) -> Generator[CuttingProxy]:
 
 
 @pytest.fixture(scope="module")
-def begun(machine: Machine, by_address: dict[str, str], proxy: CuttingProxy) -> "dict[str, subprocess.Popen[str]]":
+def begun(
+    machine: Machine, by_address: dict[str, str], proxy: CuttingProxy
+) -> "Generator[dict[str, subprocess.Popen[str]]]":
     (hand,) = re.findall(r"^ray job submit .*", (ROOT / "docs/jobs.md").read_text(), re.MULTILINE)
     _, *words = shlex.split(hand)
     through = {**by_address, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{proxy.port}"}
     submit = ("submit", "--entrypoint-num-cpus", "0.1")
-    return {
+    processes = {
         "good": machine.start("submit", "--id", "good", "--", "models", "list"),
         "bad": machine.start(*submit, "--id", "bad", "--json", "--env", "GREETING=hello", "--raw", "--",
             "bash", "-c", f"echo $GREETING $KINTSUGI_STORE; python -c '{COMMIT}'; exit 7"),
@@ -165,6 +167,9 @@ def begun(machine: Machine, by_address: dict[str, str], proxy: CuttingProxy) -> 
             [str(Path(sys.executable).parent / "ray"), *words], {**machine.environment, **by_address}
         ),
     }  # fmt: skip
+    yield processes
+    for process in processes.values():
+        process.kill()
 
 
 def test_a_verb_runs_as_a_job_with_the_code_that_is_here_and_its_log_is_shown(
