@@ -29,16 +29,9 @@ from kintsugi.storage import S3Store, sha256
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 SMALL = [
-    "data.crop=48",
-    "model.base=8",
-    "train.steps_per_epoch=10",
-    "train.validation_images=6",
-    "train.epochs=2",
-    "search.trials=4",
-    "search.screened=2",
-    "search.epochs=2",
-    "search.screen_epochs=1",
-]
+    "data.crop=48", "model.base=8", "train.steps_per_epoch=10", "train.validation_images=6", "train.epochs=2",
+    "search.trials=4", "search.screened=2", "search.epochs=2", "search.screen_epochs=1",
+]  # fmt: skip
 
 
 class Machine:
@@ -283,8 +276,13 @@ def test_each_request_is_in_the_audit_trail(machine: Machine, endpoint: str) -> 
     body = imaging.encode(imaging.Image(np.full((32, 32), 90, np.uint8)))
     answer = httpx.post(f"{endpoint}/v1/restore", content=body, headers={"X-Request-Id": "part-77"}, timeout=60)
     folder = Path(machine.environment["KINTSUGI_HOME"]) / "audit"
-    lines = [json.loads(line) for file in folder.glob("*.jsonl") for line in file.read_text().splitlines()]
-    (line,) = [line for line in lines if line["request_id"] == "part-77"]
+    deadline = time.monotonic() + 30
+    # A line is written once its answer is sent.
+    while not (found := [line for file in folder.glob("*.jsonl") for line in file.open() if "part-77" in line]):
+        assert time.monotonic() < deadline, "no line came"
+        time.sleep(0.1)  # polls the files
+    (line,) = map(json.loads, found)
+    assert line["request_id"] == "part-77"
     assert line["output_sha256"] == answer.headers["x-kintsugi-output-sha256"] == sha256(answer.content)
 
 
