@@ -20,7 +20,7 @@ from kintsugi.config import read_override
 from kintsugi.errors import ConfigError, ModelNotFound, StackError
 from kintsugi.processes import wait_until
 from kintsugi.storage import open_store, store_uri_from_environment
-from kintsugi_serve.keys import TENANT, new_key, read_keys
+from kintsugi_serve.access.keys import TENANT, new_key, read_keys
 from kintsugi_serve.schemas import Args
 
 APP = "kintsugi"
