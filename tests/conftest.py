@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"```(\w*)")
-MARK = re.compile(r'<!-- (?:"([^"]+)" )?(run|not run)(?: (by|with) (.+?)|: (.+?))? -->')
+MARK = re.compile(r'<!-- (?:"([^"]+)" )?(run|not run|saved)(?: (by|with|as) (.+?)|: (.+?))? -->')
 
 
 @pytest.fixture
@@ -31,24 +31,34 @@ class Mark:
 
     `<!-- run -->`, `<!-- run with FOLDER -> drawn, ID -> 7 -->`, `<!-- run by tests/serve/test_keys.py -->`,
     `<!-- not run: WHY -->`, and each of them for some lines: `<!-- "ray up" not run: WHY -->`.
+    `<!-- saved as keys.yaml -->` is of a file that is shown, for the lines below it.
     """
 
     of: str | None
     fate: str
     by: tuple[Path, ...] = ()
     instead: tuple[tuple[str, str], ...] = ()
+    name: str = ""
     why: str = ""
+
+    def is_run(self) -> bool:
+        """As it stands on its page, by the test of the pages or by one of its own."""
+        return self.fate == "run" or any(path.suffix != ".md" for path in self.by)
 
 
 @dataclass(frozen=True)
 class Block:
     """A fenced block of a page, and the marks above it."""
 
-    page: str
+    path: Path
     line: int
     language: str
     text: str
     marks: tuple[Mark, ...]
+
+    @property
+    def page(self) -> str:
+        return self.path.name
 
     @property
     def place(self) -> str:
@@ -77,7 +87,7 @@ def blocks_of(page: Path) -> Iterator[Block]:
         fence = FENCE.fullmatch(line)
         if inside is not None and fence:
             begun, language, marks = inside
-            yield Block(page.name, begun, language, "\n".join(lines[begun : number - 1]), marks)
+            yield Block(page, begun, language, "\n".join(lines[begun : number - 1]), marks)
             inside, above = None, []
         elif fence:
             inside = (number, fence[1], tuple(above))
@@ -94,6 +104,8 @@ def read_mark(line: str) -> Mark:
     parts = (what or "").split(", ")
     if how == "by":
         return Mark(of, "run by", by=tuple(ROOT / part for part in parts))
+    if how == "as":
+        return Mark(of, "saved", name=parts[0])
     swaps = [part.partition(" -> ") for part in parts] if how else []
     return Mark(of, fate, instead=tuple((before, after) for before, _, after in swaps), why=why or "")
 
