@@ -1,7 +1,7 @@
 """What every room's tests share."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,6 +108,12 @@ def read_mark(line: str) -> Mark:
         return Mark(of, "saved", name=parts[0])
     swaps = [part.partition(" -> ") for part in parts] if how else []
     return Mark(of, fate, instead=tuple((before, after) for before, _, after in swaps), why=why or "")
+
+
+@pytest.fixture(scope="session")
+def read_page() -> Callable[[Path], Iterator[Block]]:
+    """The blocks of a page."""
+    return blocks_of
 
 
 @pytest.fixture(scope="session")

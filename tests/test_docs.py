@@ -227,3 +227,39 @@ def selected(call: list[str], tests: dict[Path, list[str]]) -> bool:
 
 def matches(names: list[str], word: str) -> bool:
     return any(word.lower() in name.lower() for name in names)
+
+
+@pytest.mark.parametrize(
+    ("page", "check"),
+    [
+        ("```\nkintsugi up\n```", test_every_command_is_run_or_says_why_not),
+        ('<!-- "kintsugi up" run -->\n```\nkintsugi up\nkintsugi down\n```', test_every_command_is_run_or_says_why_not),
+        ("<!-- run -->\n\n```\nkintsugi up\n```", test_every_command_is_run_or_says_why_not),
+        ("```python\nprint()\n```", test_every_command_is_run_or_says_why_not),
+        ("```text\nkintsugi up\n```", test_what_is_shown_only_is_no_command),
+        ("```console\n$ kintsugi up\n```", test_what_is_shown_only_is_no_command),
+        ('<!-- "kintsugi down" run -->\n<!-- run -->\n```\nkintsugi up\n```', test_a_mark_is_of_something),
+        ("<!-- not run: it is tedious -->\n```\nkintsugi up\n```", test_what_is_not_run_has_one_of_few_reasons),
+    ],
+)
+def test_a_page_that_breaks_a_rule_is_found(
+    page: str, check: Callable[[Any], None], tmp_path: Path, read_page: Callable[[Path], Any]
+) -> None:
+    (tmp_path / "page.md").write_text(page)
+    with pytest.raises(AssertionError):
+        check(list(read_page(tmp_path / "page.md")))
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [("kintsugi jobs stop 1", True), ("kintsugi detector train x y", False), ("make image-check", False)],
+)
+def test_a_test_names_what_it_runs(command: str, named: bool, blocks: Any) -> None:
+    elsewhere = next(block for block in blocks if block.page == "quickstart.md")
+    assert names(ROOT / "tests/e2e/test_submit.py", elsewhere, command) is named
+
+
+def test_a_call_of_pytest_that_selects_nothing_is_found(known_tests: dict[Path, list[str]]) -> None:
+    assert selected(["tests/test_docs.py", "-k", "selects_nothing"], known_tests)
+    assert not selected(["tests/test_docs.py", "-k", "selects and no_such"], known_tests)
+    assert not selected(["tests/no_such.py"], known_tests)
