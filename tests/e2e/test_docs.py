@@ -61,7 +61,11 @@ class Desk:
 
     def begin(self) -> None:
         """Every page begins with images, and without what the one before made of them."""
-        (self.folder / "part.tiff").write_bytes(encode(Image(np.full((60, 80), 30000, np.uint16), "tiff", 65535)))
+        part = np.full((60, 80), 30000, np.uint16)
+        (self.folder / "part.tiff").write_bytes(encode(Image(part, "tiff", 65535)))
+        (self.folder / "lot").mkdir(exist_ok=True)
+        for name in ("a", "b"):
+            (self.folder / "lot" / f"{name}.png").write_bytes(encode(Image(part, "png", 65535)))
         for left in self.folder.glob("restored*"):
             left.unlink()
 
