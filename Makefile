@@ -30,9 +30,13 @@ test: $(STAMP) ## Run the tests; ARGS= for pytest
 	$(BIN)/pytest $(ARGS)
 
 .PHONY: test-cluster
-test-cluster: $(STAMP) ## Run the tests on several hosts, which root makes of namespaces here; ARGS= for pytest
-	@command -v ip > /dev/null || apt-get install -y -qq --no-install-recommends iproute2
-	$(BIN)/pytest -m cluster $(ARGS)
+test-cluster: $(STAMP) hosts ## Run the tests on several hosts, which root makes of namespaces here, and of autoscaling; ARGS= for pytest
+	$(BIN)/pytest -m "" tests/infra/hosts tests/infra/autoscaling $(ARGS)
+
+.PHONY: hosts
+hosts: ## Install Debian's iproute2, nftables and redis-server, which hosts made of namespaces need; root
+	@command -v ip > /dev/null && command -v nft > /dev/null && command -v redis-server > /dev/null || \
+	{ apt-get update -qq && apt-get install -y -qq --no-install-recommends iproute2 nftables redis-server > /dev/null; }
 
 .PHONY: nginx
 nginx: ## Unpack Debian's nginx into .kintsugi, unless there is one already
@@ -87,6 +91,10 @@ bench-large: $(STAMP) ## Measure the memory and disk that an image of 8192 x 512
 .PHONY: bench-submit
 bench-submit: $(STAMP) ## Measure how soon a submitted job speaks, on a stack of its own; ARGS="--repeats 3" shortens it
 	$(BIN)/python tests/benchmarks/bench_submit.py $(ARGS)
+
+.PHONY: bench-hosts
+bench-hosts: $(STAMP) hosts ## Measure training across two hosts against one, made of namespaces; ARGS="--repeats 1" shortens it
+	$(BIN)/python tests/benchmarks/bench_hosts.py $(ARGS)
 
 .PHONY: chaos-serve
 chaos-serve: $(STAMP) nginx ## Kill, spoil and starve a service under load; ARGS="--requests 500 --rollouts 3" shortens it

@@ -32,6 +32,8 @@ DESCRIBE_TIMEOUT_S = 5.0
 TRIES = 3
 MOST_BACKOFF_S = 0.05
 """Between two looks for a replica with room. With Ray's 0.5 s replicas ran dry while requests waited."""
+NODES = {"kintsugi.io/role": "!train"}
+"""Replicas and ingress keep off nodes that are labelled for training. A node without the label takes them."""
 MESSAGE_BYTES = 2**19
 """Up to here a job travels in a gRPC message; larger ones go by Ray's object store, and messages end at 4 MiB."""
 
@@ -161,7 +163,7 @@ def bind(args: Args, replica_class: type[Replica] = Replica) -> serve.Applicatio
     replicas = serve.deployment(
         name="Replica",
         user_config={"model": args.model},
-        ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
+        ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus, "label_selector": NODES},
         max_ongoing_requests=args.max_ongoing_requests,
         max_queued_requests=args.max_queued_requests,
         request_router_config=RequestRouterConfig(max_backoff_s=MOST_BACKOFF_S),  # pyright: ignore[reportArgumentType]
@@ -183,7 +185,7 @@ def bind(args: Args, replica_class: type[Replica] = Replica) -> serve.Applicatio
     ingress = serve.deployment(
         name="Ingress",
         num_replicas=args.ingress_replicas,
-        ray_actor_options={"num_cpus": args.ingress_num_cpus},
+        ray_actor_options={"num_cpus": args.ingress_num_cpus, "label_selector": NODES},
         max_ongoing_requests=args.max_replicas * args.max_ongoing_requests + args.max_queued_requests + 16,
         max_queued_requests=args.max_queued_requests,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),

@@ -18,6 +18,7 @@ from kintsugi import cluster, doors, local
 from kintsugi.commands.console import Json, print_json, say
 from kintsugi.config import read_override
 from kintsugi.errors import ConfigError, ModelNotFound, StackError
+from kintsugi.processes import wait_until
 from kintsugi.storage import open_store, store_uri_from_environment
 from kintsugi_serve.keys import TENANT, new_key, read_keys
 from kintsugi_serve.schemas import Args
@@ -36,6 +37,10 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     min_replicas: Annotated[int, typer.Option(min=0)] = 1,
     max_replicas: Annotated[int, typer.Option(min=1)] = 2,
+    every_node: Annotated[
+        bool,
+        typer.Option("--every-node", help="Listen on every node with a replica, so that callers do not need the head."),
+    ] = False,
     keys: Annotated[
         Path | None, typer.Option(metavar="FILE", help="YAML file of the keys that open it ('kintsugi serve key').")
     ] = None,
@@ -58,12 +63,14 @@ def serve(
     doors.check_store(args.store)
     _check_model(args.store, args.model)
     _check_port(host, port)
-    _start(args, host, port)
-    address = f"http://{_reachable(host)}:{port}"
-    ready = _wait_until_ready(address, START_TIMEOUT_S)
+    _start(args, host, port, every_node)
+    addresses = _addresses(host, port)
+    ready = [_wait_until_ready(address, START_TIMEOUT_S) for address in addresses][0]
+    address = addresses[0]
     _print(
-        {"address": address, "model": ready["model"], "digest": ready["digest"]},
-        f"{ready['model']} answers at {address} (a page for people: {address}/, its API: {address}/docs)",
+        {"address": address, "addresses": addresses, "model": ready["model"], "digest": ready["digest"]},
+        f"{ready['model']} answers at {' and '.join(addresses)} (a page for people: {address}/, its API: "
+        f"{address}/docs)",
         as_json,
     )
 
@@ -140,18 +147,32 @@ def _is_ours(address: str) -> bool:
     return answer.text == "success"
 
 
-def _start(settings: Args, host: str, port: int) -> None:
+def _start(settings: Args, host: str, port: int, every_node: bool) -> None:
     _connect()
     from ray import serve as ray_serve
 
     from kintsugi_serve.app import build
 
     options: dict[str, Any] = {"host": host, "port": port, "request_timeout_s": settings.timeout_s + 30}
-    ray_serve.start(proxy_location="HeadOnly", http_options=options)
+    ray_serve.start(proxy_location="EveryNode" if every_node else "HeadOnly", http_options=options)
     try:
         ray_serve.run(build(settings), name=APP, route_prefix="/", blocking=False)
     except RuntimeError as error:
         raise StackError(f"the service did not start ({error}): the Ray dashboard shows the replicas' logs") from error
+
+
+def _addresses(host: str, port: int) -> list[str]:
+    """`host`, or, if it stands for all of a node's addresses, every node that has one of Serve's proxies."""
+    if _reachable(host) == host:
+        return [f"http://{host}:{port}"]
+    import ray
+    from ray import serve as ray_serve
+
+    if not wait_until(lambda: bool(ray_serve.status().proxies), START_TIMEOUT_S):
+        raise StackError(f"no proxy of Ray Serve came up within {START_TIMEOUT_S:.0f} s: see the Ray dashboard")
+    proxies = ray_serve.status().proxies
+    nodes = [node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] in proxies]
+    return [f"http://{f'[{node}]' if ':' in node else node}:{port}" for node in sorted(nodes)]
 
 
 def _connect() -> None:

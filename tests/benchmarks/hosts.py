@@ -9,6 +9,7 @@ A host has an address of its own in 10.77.0.0/24 and nothing beyond it, its own 
 else of the file system is the machine's. Everything ends with the context, whatever was started in it.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -77,8 +78,6 @@ class Host:
             "import json, psutil; print(json.dumps(sorted({tuple(c.laddr) for c in psutil.net_connections('tcp')"
             " if c.status == psutil.CONN_LISTEN})))"
         )
-        import json
-
         return [(address, port) for address, port in json.loads(self.run([sys.executable, "-c", code]).stdout)]
 
 

@@ -68,7 +68,8 @@ def test_a_node_gets_the_labels_of_its_group(
     config: dict[str, Any], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     labels = config["available_node_types"][kind]["labels"]
-    assert labels == {"kintsugi.io/role": kind, "ray.io/market-type": ROLES[kind]}
+    apart = {"ray-subcluster": "serve"} if kind == "serve" else {}
+    assert labels == {"kintsugi.io/role": kind, "ray.io/market-type": ROLES[kind], **apart}
     monkeypatch.setenv("RAY_OVERRIDE_LABELS", json.dumps(labels))
     spec = ResourceAndLabelSpec(num_cpus=1, num_gpus=0, memory=2**30, object_store_memory=2**30, resources={})
     spec.resolve(is_head=False, node_ip_address="127.0.0.1")

@@ -15,7 +15,7 @@ from kintsugi.errors import ModelNotFound
 from kintsugi.registry import Registry
 from kintsugi.storage import LocalStore
 from kintsugi_serve.addresses import S3Address
-from kintsugi_serve.app import MESSAGE_BYTES, ReplicaBackend, build
+from kintsugi_serve.app import MESSAGE_BYTES, NODES, ReplicaBackend, build
 from kintsugi_serve.jobs import Job, LargeAnswer, LargeJob, LoadedModel, Serving
 from kintsugi_serve.schemas import Args, Refusal
 
@@ -179,6 +179,7 @@ def test_the_bounds_reach_ray(store: LocalStore, tmp_path: Path, publish: Any) -
     assert replica.max_queued_requests == 5
     assert replica.max_ongoing_requests == args.max_ongoing_requests
     assert ingress.ray_actor_options["num_cpus"] == 0.1
+    assert replica.ray_actor_options["label_selector"] == ingress.ray_actor_options["label_selector"] == NODES
 
 
 def test_ingress_and_replicas_fit_on_two_cores() -> None:

@@ -35,12 +35,15 @@ from kintsugi.storage import LONG, ObjectStore, open_store
 from kintsugi.training.curves import Curves
 from kintsugi.training.filesystem import run_storage
 from kintsugi.training.loop import Worker, fit
+from kintsugi.training.network import NodeNetwork
 from kintsugi.training.progress import ProgressBar, progress_line
 from kintsugi.training.provenance import source_commit, versions
 from kintsugi.training.state import TrainState, build_state
 
 _log = logging.getLogger(__name__)
 _GIVEN_UP = "given-up.txt"
+_NODES = {"kintsugi.io/role": "!serve"}
+"""Workers keep off nodes that are labelled for the endpoint. A node without the label takes them."""
 _NO_SCORE = -1e9
 """Of a checkpoint within an epoch. Ray keeps the best, warns where there is none, and reads infinity back as None."""
 
@@ -86,6 +89,7 @@ def launch_training(
     trainer = TorchTrainer(
         _worker_loop,
         train_loop_config=payload,
+        torch_config=NodeNetwork(),
         scaling_config=_scaling(config),
         run_config=RunConfig(
             name=name,
@@ -114,7 +118,12 @@ def _scaling(config: ExperimentConfig) -> ScalingConfig:
     resources = {"CPU": train.cpus_per_worker, **({"GPU": 1} if train.gpu else {})}
     elastic = train.min_workers is not None and train.min_workers < train.workers
     workers = (train.min_workers, train.workers) if elastic else train.workers
-    return ScalingConfig(num_workers=workers, use_gpu=train.gpu, resources_per_worker=resources)  # pyright: ignore[reportArgumentType]
+    return ScalingConfig(
+        num_workers=workers,  # pyright: ignore[reportArgumentType]
+        use_gpu=train.gpu,
+        resources_per_worker=resources,
+        label_selector=_NODES,
+    )
 
 
 def _worker_loop(payload: dict[str, Any]) -> None:

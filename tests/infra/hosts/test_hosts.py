@@ -1,39 +1,56 @@
 """A user on one host, a cluster on three others, a store on yet another: nothing is shared but the network."""
 
 import json
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from kintsugi.data.synthetic import write_synthetic
-
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
-CONFIG = str(Path(__file__).parents[3] / "platform/configs/demo.yaml")
-SMALL = (
-    "data.crop=48", "model.base=8", "train.steps_per_epoch=10", "train.validation_images=6", "train.epochs=2",
-    "train.workers=2", "train.cpus_per_worker=1",
-)  # fmt: skip
+METRICS = {8080, 44217, 44227}
 
 
-def train(*more: str) -> list[str]:
-    sets = [part for value in (*SMALL, *more) for part in ("--set", value)]
-    return ["train", CONFIG, "--name", "unet", *sets]
+def test_a_job_from_another_host_trains_across_two_hosts(trained: dict[str, Any]) -> None:
+    """The head runs no work, and a host has no room for two of the workers."""
+    assert trained["workers"] == [{"epoch": 0, "step": 0, "world_size": 2}]
 
 
-def card(cluster: Any, model: str) -> dict[str, Any]:
-    return json.loads(cluster.kintsugi("models", "show", model, "--json").stdout)["card"]
+def test_a_job_from_another_host_searches(cluster: Any, trained: object, verb: Callable[..., list[str]]) -> None:
+    """Two trials at once, each with a host to itself."""
+    cluster.submit(
+        *verb("tune", "train.workers=1", options=("--search", "found", "--max-concurrent", "2")), timeout=900
+    )
+    found = json.loads(cluster.kintsugi("models", "list", "--json").stdout)
+    assert {version["ref"] for version in found} == {"unet@1", "unet@2"}
 
 
-@pytest.fixture(scope="module")
-def dataset(cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = write_synthetic(tmp_path_factory.mktemp("images"), parts=20, size=96)
-    cluster.kintsugi("data", "build", "pairs", str(folder), "--name", "demo")
+def test_an_endpoint_on_every_node_answers_those_with_a_key(cluster: Any, key: str, tmp_path: Any) -> None:
+    until, progress = tmp_path / "until", tmp_path / "progress"
+    until.touch()
+    for name in ("one", "two"):
+        told = cluster.python(
+            str(cluster.caller), "6", str(until), str(progress), cluster.endpoint(name), env={"KINTSUGI_KEY": key}
+        )
+        assert json.loads(told.stdout) == {"sent": 6, "failed": 0, "other_address": 0, "wrong": 0}
+    refused = cluster.python(
+        str(cluster.caller), "2", str(until), str(progress), cluster.endpoint("one"), env={"KINTSUGI_KEY": "kts_no"}
+    )
+    assert json.loads(refused.stdout)["failed"] == 2 and "401" in refused.stderr
 
 
-def test_a_job_from_another_host_trains_across_two_hosts(cluster: Any, dataset: None) -> None:
-    """Each has one CPU, and the head none: the two workers cannot be on one of them."""
-    done = cluster.submit(*train("train.seed=1"))
-    assert "published unet@1" in done.stdout
-    assert card(cluster, "unet@1")["workers"] == [{"epoch": 0, "step": 0, "world_size": 2}]
+@pytest.mark.usefixtures("key")
+def test_no_port_of_the_cluster_takes_a_connection_of_a_stranger(cluster: Any) -> None:
+    ports = cluster.open_ports()
+    assert len(ports) > 20
+    assert cluster.told_to("stranger", ports) == {}
+
+
+@pytest.mark.usefixtures("key")
+def test_past_the_firewall_metrics_an_empty_page_and_the_endpoint_are_all_that_answers(cluster: Any) -> None:
+    """Asked from a worker, which the firewall lets in, without its secrets."""
+    told = cluster.told_to("one", cluster.open_ports())
+    answers = {address: found for address, found in told.items() if found}
+    assert len(told) > 20
+    assert {int(address.rpartition(":")[2]) for address in answers} == {*METRICS, 8000, 8265}
+    assert {tuple(found) for address, found in answers.items() if address.endswith(":8265")} == {("GET /",)}
