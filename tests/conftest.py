@@ -29,7 +29,7 @@ def _no_ambient_store(monkeypatch: pytest.MonkeyPatch) -> None:
 class Mark:
     """What becomes of a block of a page, or of its lines that begin with `of`; in the page a comment above the block.
 
-    `<!-- run -->`, `<!-- run with FOLDER -> drawn, ID -> 7 -->`, `<!-- run by tests/serve/test_keys.py -->`,
+    `<!-- run -->`, `<!-- run with FOLDER -> drawn; ID -> 7 -->`, `<!-- run by tests/serve/test_keys.py -->`,
     `<!-- not run: WHY -->`, and each of them for some lines: `<!-- "ray up" not run: WHY -->`.
     `<!-- saved as keys.yaml -->` is of a file that is shown, for the lines below it.
     """
@@ -101,7 +101,7 @@ def read_mark(line: str) -> Mark:
     if found is None:
         raise ValueError(f"is no mark: {line}")
     of, fate, how, what, why = found.groups()
-    parts = (what or "").split(", ")
+    parts = (what or "").split("; ")
     if how == "by":
         return Mark(of, "run by", by=tuple(ROOT / part for part in parts))
     if how == "as":

@@ -1,6 +1,7 @@
 """The pages' commands, typed as they stand, page by page, in one folder and with one stack.
 
-Other than for users are the ports, which may be taken here, and demo.yaml, whose trainings are shortened.
+Other than for users are the ports, which may be taken here, what the pages' marks put in place of words, and demo.yaml,
+whose trainings are shortened.
 `AS_SHIPPED=1 pytest tests/e2e/test_docs.py -k quickstart` shortens nothing.
 """
 
@@ -27,6 +28,7 @@ FIRST = ("quickstart.md", "operations.md", "README.md", "training.md", "endpoint
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 RUN = re.compile(r'^<!-- (?:"[^"]+" )?run(?: with .*)? -->$', re.MULTILINE)
 REST = [page.name for page in PAGES if page.name not in FIRST and RUN.search(page.read_text())]
+AS_SHIPPED = bool(os.environ.get("AS_SHIPPED"))
 SHARED = ("tune", "serve", "infra", "platform/kintsugi")
 SMALL = (
     "data.crop=48", "model.base=8", "train.steps_per_epoch=5", "train.validation_images=3", "train.epochs=2",
@@ -56,7 +58,7 @@ class Desk:
         for name in SHARED:
             (folder / name).symlink_to(ROOT / name)
         (folder / ".venv").symlink_to(sys.prefix)
-        if not os.environ.get("AS_SHIPPED"):
+        if not AS_SHIPPED:
             (configs / "demo.yaml").write_text(load_config(configs / "demo.yaml", SMALL).to_yaml())
 
     def begin(self) -> None:
@@ -96,7 +98,7 @@ class Desk:
             ("kintsugi up", f"kintsugi up {ports} --endpoint-port {self.port}"),
             ("127.0.0.1:8000", f"127.0.0.1:{self.port}"),
         )
-        for before, after in (*mark.instead, *taken):
+        for before, after in (*(() if AS_SHIPPED else mark.instead), *taken):
             line = line.replace(before, after)
         return line
 
