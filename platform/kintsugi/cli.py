@@ -55,7 +55,7 @@ COMMANDS: Table = {
     "jobs list": ("kintsugi.commands.jobs:list_", "List the jobs of the cluster."),
     "jobs logs": ("kintsugi.commands.jobs:logs", "Show the log of a job until it has ended."),
     "jobs stop": ("kintsugi.commands.jobs:stop", "End a job."),
-    "batch": ("kintsugi_serve.batch_commands:batch", "Restore every image under a prefix, with a ledger."),
+    "batch": ("kintsugi_serve.batches.commands:batch", "Restore every image under a prefix, with a ledger."),
 }
 GROUPS = {
     "data": "Datasets: build and inspect.",

@@ -1,4 +1,7 @@
-"""Whether an image file holds all of its image. Decoders that are kind to damaged files make up what is missing."""
+"""Whether an image file holds all of its image, and no more than it may.
+
+Decoders that are kind to damaged files make up what is missing.
+"""
 
 import math
 import re
@@ -11,6 +14,16 @@ _JPEG_FILLING = bytes(37 * number % 251 for number in range(1, 65))
 _RST0, _EOI, _SOS, _DRI = 0xD0, 0xD9, 0xDA, 0xDD
 _UNCOMPRESSED, _FAX = 1, (2, 3, 4)
 """Of TIFF's compressions."""
+
+
+def check_size(height: int, width: int, max_pixels: int) -> None:
+    """Refuse an image without pixels, or with more than `max_pixels`."""
+    if height < 1 or width < 1:
+        raise ImageError("undecodable", f"an image of {width} x {height} px holds nothing")
+    if height * width > max_pixels:
+        raise ImageError(
+            "too_large", f"{width} x {height} px is over the limit of {max_pixels} pixels: cut it, or raise the limit"
+        )
 
 
 def check_png_chunks(data: bytes) -> None:

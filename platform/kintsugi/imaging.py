@@ -1,4 +1,4 @@
-"""Decode and encode inspection images without losing a bit. The only place that touches a codec.
+"""Decode and encode inspection images without losing a bit. With `tiff`, the only place that touches a codec.
 
 PNG, TIFF, JPEG and BMP; grey or RGB; 8 or 16 bit. What would be changed behind the user's back (alpha,
 palettes, float, packed bits, several pages) is refused, and so is a file that is cut off. Pixels stay as stored: no
@@ -16,18 +16,12 @@ from typing import Any, Literal, get_args
 
 import cv2
 import numpy as np
-import tifffile
 from numpy.typing import NDArray
 from PIL import Image as PillowImage
 
-from kintsugi.completeness import (
-    check_bmp_offset,
-    check_png_chunks,
-    check_tiff_ends,
-    check_tiff_parts,
-    with_filled_scans,
-)
+from kintsugi.completeness import check_bmp_offset, check_png_chunks, check_size, with_filled_scans
 from kintsugi.errors import ImageError
+from kintsugi.tiff import decode_tiff, description_of, encode_tiff
 
 Format = Literal["png", "tiff", "jpeg", "bmp"]
 Pixels = NDArray[np.uint8] | NDArray[np.uint16]
@@ -128,7 +122,7 @@ def decode(data: bytes, *, white_level: int | None = None, max_pixels: int = MAX
     """
     kind = sniff(data)
     if kind == "tiff":
-        pixels, tags = _decode_tiff(data, max_pixels)
+        pixels, tags = decode_tiff(data, max_pixels, DEPTHS)
     else:
         _check_header(data, kind, max_pixels)
         pixels, tags = _decode_jpeg(data) if kind == "jpeg" else _decode_with_opencv(data, kind), ()
@@ -176,7 +170,7 @@ def decode_mask(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.bool
     """
     kind = sniff(data)
     if kind == "tiff":
-        pixels, tags = _decode_tiff(data, max_pixels, (*DEPTHS, np.bool_))
+        pixels, tags = decode_tiff(data, max_pixels, (*DEPTHS, np.bool_))
         pixels = ~pixels if NEGATIVE in tags else pixels
     else:
         with _header(data, kind) as header:
@@ -201,7 +195,7 @@ def encode(image: Image, *, quality: int = 100, note: str | None = None) -> byte
     if image.channels not in (1, 3):
         raise ImageError("unsupported_mode", f"an image of {image.channels} channels fits no file: grey and RGB do")
     if image.format == "tiff":
-        return _encode_tiff(image, note)
+        return encode_tiff(image.pixels, image.tags, note)
     if image.bit_depth == 16 and image.format != "png":
         raise ImageError("unsupported_mode", f"{image.format} holds 8 bits a sample: use PNG or TIFF for 16")
     pixels = image.pixels[..., ::-1] if image.channels == 3 else image.pixels
@@ -224,8 +218,7 @@ def note_of(data: bytes) -> str | None:
     """The text that `encode` put into a PNG or a TIFF; None where there is none."""
     kind = sniff(data)
     if kind == "tiff":
-        with tifffile.TiffFile(io.BytesIO(data)) as tiff:
-            return tiff.pages.first.description or None
+        return description_of(data)
     if kind != "png":
         return None
     with _header(data, kind) as header:
@@ -341,71 +334,3 @@ def _bmp_bits(data: bytes) -> int:
     """Bits of a pixel, from the DIB header; the oldest kind (12 bytes) keeps them 4 bytes earlier."""
     at = 24 if data[14] == 12 else 28
     return int.from_bytes(data[at : at + 2], "little")
-
-
-def check_size(height: int, width: int, max_pixels: int) -> None:
-    if height < 1 or width < 1:
-        raise ImageError("undecodable", f"an image of {width} x {height} px holds nothing")
-    if height * width > max_pixels:
-        raise ImageError(
-            "too_large", f"{width} x {height} px is over the limit of {max_pixels} pixels: cut it, or raise the limit"
-        )
-
-
-def _decode_tiff(
-    data: bytes, max_pixels: int, depths: tuple[type[np.generic], ...] = DEPTHS
-) -> tuple[Any, tuple[tuple[str, str], ...]]:
-    try:
-        with tifffile.TiffFile(io.BytesIO(data)) as tiff:
-            if len(tiff.pages) == 0:
-                raise ImageError("undecodable", "the TIFF holds no page: it is damaged or cut off")
-            if len(tiff.pages) > 1:
-                raise ImageError(
-                    "unsupported_mode", f"a TIFF of {len(tiff.pages)} pages is not restored: send them one by one"
-                )
-            page: Any = tiff.pages[0]
-            check_tiff_ends(tiff)
-            check_tiff_page(page, max_pixels, depths)
-            tags = ("compression", page.compression.name.lower()), ("photometric", page.photometric.name.lower())
-            pixels: Any = page.asarray()
-    except (ImageError, MemoryError):
-        raise
-    except Exception as error:  # tifffile and its codecs raise whatever their C code meets
-        raise ImageError("undecodable", f"the TIFF cannot be decoded ({type(error).__name__}: {error})") from error
-    if page.samplesperpixel == 3 and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE:
-        pixels = np.moveaxis(pixels, 0, 2)
-    return np.ascontiguousarray(pixels), tags
-
-
-def check_tiff_page(page: Any, max_pixels: int, depths: tuple[type[np.generic], ...]) -> None:
-    """Refuse by the tags alone what is too large or would not come back as it is."""
-    check_size(page.imagelength, page.imagewidth, max_pixels)
-    # A tile may claim to be far larger than the image that it belongs to, and is decompressed whole.
-    check_size(page.tilelength or 1, page.tilewidth or 1, max(max_pixels, 4096 * 4096))
-    mode, samples, bits = page.photometric.name.lower(), page.samplesperpixel, page.bitspersample
-    known = samples == 3 if mode == "rgb" else samples == 1 and mode in ("minisblack", "miniswhite")
-    if not known or page.imagedepth != 1 or page.dtype not in depths or bits not in (1, 8, 16):
-        raise ImageError(
-            "unsupported_mode",
-            f"a TIFF of {samples} x {bits} bits ({page.dtype}) in mode '{mode}' is not restored: "
-            "save it as 8- or 16-bit grey or RGB",
-        )
-    check_tiff_parts(page)
-
-
-def tiff_options(image: Image) -> dict[str, Any]:
-    """How tifffile shall write an image so that it answers in kind, and without loss."""
-    tags = dict(image.tags)
-    wanted = tags.get("compression", "adobe_deflate")
-    lossless = {"none": None, "lzw": "lzw", "zstd": "zstd", "packbits": "packbits"}
-    return {
-        "photometric": tags.get("photometric", "rgb" if image.channels == 3 else "minisblack"),
-        "compression": lossless.get(wanted, "adobe_deflate"),
-        "metadata": None,
-    }
-
-
-def _encode_tiff(image: Image, note: str | None) -> bytes:
-    buffer = io.BytesIO()
-    tifffile.imwrite(buffer, image.pixels, description=note, **tiff_options(image))
-    return buffer.getvalue()

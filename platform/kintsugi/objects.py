@@ -57,6 +57,10 @@ class ObjectStore(ABC):
     def get(self, key: str) -> bytes:
         return self.get_with_etag(key)[0]
 
+    def get_start(self, key: str, count: int) -> bytes:
+        """The object's first bytes, `count` or all that it has, without reading the rest where the store allows."""
+        return self.get(key)[:count]
+
     def exists(self, key: str) -> bool:
         try:
             self.size(key)

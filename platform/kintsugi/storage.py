@@ -73,6 +73,10 @@ class LocalStore(ObjectStore):
             data = self._path(key).read_bytes()
         return data, sha256(data)
 
+    def get_start(self, key: str, count: int) -> bytes:
+        with self._errors(key), self._path(key).open("rb") as stream:
+            return stream.read(count)
+
     def put(self, key: str, data: bytes | Path, *, if_none_match: bool = False, if_match: str | None = None) -> None:
         path = self._path(key)
         try:
@@ -177,6 +181,20 @@ class S3Store(ObjectStore):
         def read() -> tuple[bytes, str]:
             answer = self._client.get_object(Bucket=self.bucket, Key=self._key(key))
             return answer["Body"].read(), answer["ETag"]
+
+        return self._persist(key, read)
+
+    def get_start(self, key: str, count: int) -> bytes:
+        from botocore.exceptions import ClientError
+
+        def read() -> bytes:
+            asked = {"Bucket": self.bucket, "Key": self._key(key), "Range": f"bytes=0-{count - 1}"}
+            try:
+                return self._client.get_object(**asked)["Body"].read(count)
+            except ClientError as error:
+                if error.response["Error"]["Code"] == "InvalidRange":
+                    return b""  # an empty object has no first byte
+                raise
 
         return self._persist(key, read)
 

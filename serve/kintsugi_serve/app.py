@@ -14,17 +14,18 @@ from ray.serve.config import BackpressureConfig, RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from kintsugi.errors import KintsugiError
+from kintsugi import doors
+from kintsugi.errors import KintsugiError, StoreUnavailable
 from kintsugi.storage import open_store
-from kintsugi_serve.api import build_api
-from kintsugi_serve.audit import keep_audit
-from kintsugi_serve.batch_run import RunOptions
-from kintsugi_serve.batch_service import RayBatchService
+from kintsugi_serve.batches.run import RunOptions
+from kintsugi_serve.batches.service import RayBatchService
+from kintsugi_serve.decoding.strips import Limits
+from kintsugi_serve.ingress.api import build_api
+from kintsugi_serve.ingress.audit import keep_audit
 from kintsugi_serve.inner_port import keep_to_node
 from kintsugi_serve.jobs import Answer, Job, LargeAnswer, LargeJob, LoadedModel, Rejection, Serving
-from kintsugi_serve.replica import Replica
+from kintsugi_serve.replica.replica import Replica
 from kintsugi_serve.schemas import Args, Refusal, Settings
-from kintsugi_serve.strips_codec import Limits
 
 logger = logging.getLogger(__name__)
 
@@ -132,17 +133,24 @@ class Ingress:
 
 
 def build(args: Args) -> serve.Application:
-    """The application for `serve run`, `serve deploy` and `kintsugi serve`.
+    """The application for `serve run`, `serve deploy`, a RayService and `kintsugi serve`: built once a deployment.
 
     Every replica follows an alias (`args.follow_s`), also those that are started later. To name another model, change
     the Replica deployment's `user_config`: replicas swap it in place.
 
+    A store that does not answer now stops no deployment: replicas start from their cache, or try again.
+
     Raises:
         ModelNotFound: `args.model` names no published model.
+        ConfigError, StoreError: a door of the store is open (`doors.check_store`).
     """
     from kintsugi.registry import Registry
 
-    Registry(open_store(args.store)).resolve(args.model)
+    try:
+        doors.check_store(args.store)
+        Registry(open_store(args.store)).resolve(args.model)
+    except StoreUnavailable as error:
+        logger.warning("neither the store nor %s could be checked before they are served: %s", args.model, error)
     return bind(args)
 
 

@@ -20,7 +20,7 @@ from kintsugi.config import read_override
 from kintsugi.errors import ConfigError, ModelNotFound, StackError
 from kintsugi.processes import wait_until
 from kintsugi.storage import open_store, store_uri_from_environment
-from kintsugi_serve.keys import TENANT, new_key, read_keys
+from kintsugi_serve.access.keys import TENANT, new_key, read_keys
 from kintsugi_serve.schemas import Args
 
 APP = "kintsugi"
@@ -64,13 +64,14 @@ def serve(
     _check_model(args.store, args.model)
     _check_port(host, port)
     _start(args, host, port, every_node)
-    addresses = _addresses(host, port)
-    ready = [_wait_until_ready(address, START_TIMEOUT_S) for address in addresses][0]
-    address = addresses[0]
+    address, *others = _addresses(host, port)
+    ready = _wait_until_ready(address, START_TIMEOUT_S)
+    for other in others:
+        _wait_until_ready(other, START_TIMEOUT_S)
+    everywhere = " and ".join([address, *others])
     _print(
-        {"address": address, "addresses": addresses, "model": ready["model"], "digest": ready["digest"]},
-        f"{ready['model']} answers at {' and '.join(addresses)} (a page for people: {address}/, its API: "
-        f"{address}/docs)",
+        {"address": address, "addresses": [address, *others], "model": ready["model"], "digest": ready["digest"]},
+        f"{ready['model']} answers at {everywhere} (a page for people: {address}/, its API: {address}/docs)",
         as_json,
     )
 

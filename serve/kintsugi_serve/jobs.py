@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from kintsugi_serve.addresses import S3Address
+from kintsugi_serve.access.addresses import S3Address
 
 USE_A_BATCH = "restore large images in a batch, which waits as long as it takes"
 """For whose image is too large to be restored while a client waits."""

@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from kintsugi.errors import KintsugiError
 from kintsugi.imaging import MAX_PIXELS
 from kintsugi.storage import store_uri_from_environment
-from kintsugi_serve.addresses import is_root
-from kintsugi_serve.keys import Key, check_keys, read_keys
+from kintsugi_serve.access.addresses import is_root
+from kintsugi_serve.access.keys import Key, check_keys, read_keys
 
 # code -> (status, title). Clients branch on the code: it never changes its meaning.
 PROBLEMS: dict[str, tuple[int, str]] = {

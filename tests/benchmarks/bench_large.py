@@ -98,9 +98,9 @@ def scene(height: int, dtype: type[np.unsignedinteger]) -> Iterator[Image]:
 
 async def restore(folder: Path) -> dict[str, float]:
     """What a replica does with the image in the store at `folder`, in this process."""
-    from kintsugi_serve.addresses import S3Address
+    from kintsugi_serve.access.addresses import S3Address
     from kintsugi_serve.jobs import LargeAnswer, LargeJob
-    from kintsugi_serve.replica import Replica
+    from kintsugi_serve.replica.replica import Replica
     from kintsugi_serve.schemas import Settings
 
     settings = Settings(store="s3://bench/store", follow_s=0, threads=2)
@@ -134,7 +134,7 @@ class Same:
         from kintsugi.models import Prediction, RestorationUNet
         from kintsugi.restore.restorer import Restorer
         from kintsugi_serve.jobs import LoadedModel
-        from kintsugi_serve.serving import Loaded
+        from kintsugi_serve.replica.serving import Loaded
 
         class Identity(RestorationUNet):
             def forward(self, image: Any, mask: Any = None) -> Prediction:

@@ -19,7 +19,7 @@ from urllib.parse import unquote, unquote_plus, urlsplit
 
 from rows import Row, measured, output_of, print_table, write_rows
 
-from kintsugi_serve.places import allowed_address, writable_address
+from kintsugi_serve.objects.places import allowed_address, writable_address
 from kintsugi_serve.schemas import Refusal
 
 STORE = "s3://plant/kintsugi"

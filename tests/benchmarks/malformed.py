@@ -24,7 +24,7 @@ from malformed_tiff import TIFF, tiff_of
 from rows import Row, measured, output_of, print_table, write_rows
 
 from kintsugi.errors import ImageError
-from kintsugi_serve.codec import Decoder
+from kintsugi_serve.decoding.codec import Decoder
 
 
 def corpus(count: int, seed: int) -> Iterator[tuple[str, bytes]]:

@@ -36,7 +36,7 @@ from kintsugi.processes import free_ports
 from kintsugi.registry import ModelVersion, Registry
 from kintsugi.storage import LocalStore
 from kintsugi_serve.app import bind
-from kintsugi_serve.replica import Replica
+from kintsugi_serve.replica.replica import Replica
 from kintsugi_serve.schemas import Args
 
 ROOT = HERE.parents[1]

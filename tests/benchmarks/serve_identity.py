@@ -8,9 +8,9 @@ from kintsugi.registry import ModelVersion
 from kintsugi.restore.restorer import Restoration
 from kintsugi.trust.report import untouched
 from kintsugi_serve.jobs import LoadedModel
-from kintsugi_serve.replica import Replica
+from kintsugi_serve.replica.replica import Replica
+from kintsugi_serve.replica.serving import Loaded
 from kintsugi_serve.schemas import Settings
-from kintsugi_serve.serving import Loaded
 
 VERSION = ModelVersion(name="identity", number=1, digest="0" * 64, created="", dataset_digest="", scores={})
 

@@ -1,4 +1,4 @@
-"""The real Prometheus beside a stack, and what the dashboards and rules ask it."""
+"""The real Prometheus beside a stack, what the dashboards and rules ask it, and what ports tell without a secret."""
 
 import json
 import os
@@ -11,10 +11,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx2 as httpx
 import pytest
 import yaml
 
+from kintsugi import doors
 from kintsugi.processes import free_ports
 
 ROOT = Path(__file__).parents[2]
@@ -113,3 +115,41 @@ def monitored() -> dict[str, str]:
     metrics = {name for query in found.values() for name in METRIC.findall(query)} - BEGINS_WITH_A_FAILURE
     found |= {f"metric: {name}": name for name in metrics}
     return {name: query for name, query in found.items() if not any(absent in query for absent in NEEDS_GPU)}
+
+
+class Unlocked:
+    """What a port of this machine answers to those who have no secret."""
+
+    ray_calls = (
+        *("NodeInfoGcsService/GetAllNodeInfo", "RayletDriver/Terminate", "ReporterService/GetTraceback"),
+        *("NodeManagerService/GetNodeStats", "ObjectManagerService/Pull"),
+    )
+    """Of the GCS, the Ray client's server, the agent, and the raylet's two ports."""
+
+    def paths(self, port: int) -> list[str]:
+        """Those that answer HTTP."""
+        paths = ("/", "/api/jobs/", "/api/version", "/nodes?view=summary", "/logs/", "/metrics", "/api/job_agent/jobs/")
+        paths += ("/dir/assign", "/dir/status", "/col/delete?collection=kintsugi", "/kintsugi", "/buckets/kintsugi/")
+        answers = {path: doors.ask(f"http://127.0.0.1:{port}{path}") for path in paths}
+        harmless = (b"# HELP", b"<!doctype html>", b"<!DOCTYPE html>")
+        return [path for path, a in answers.items() if a and a.status < 400 and not a.body.startswith(harmless)]
+
+    def calls(self, port: int) -> dict[str, grpc.StatusCode]:
+        """How each call by gRPC is answered."""
+        calls = [f"ray.rpc.{call}" for call in self.ray_calls]
+        calls += ["master_pb.Seaweed/ListMasterClients", "filer_pb.SeaweedFiler/GetFilerConfiguration"]
+        with grpc.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.enable_http_proxy", 0)]) as channel:
+            return {call.removeprefix("ray.rpc."): _called(channel, call) for call in calls}
+
+
+def _called(channel: grpc.Channel, call: str) -> grpc.StatusCode:
+    try:
+        channel.unary_unary(f"/{call}")(b"", timeout=10)
+    except grpc.RpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
+
+
+@pytest.fixture(scope="session")
+def unlocked() -> Unlocked:
+    return Unlocked()

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from kintsugi import local
+from kintsugi.training.provenance import source_commit
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -30,6 +31,7 @@ CUTS = (700, 1900, 4000)
 LINES = [f"line {number} of a log that is long enough to be cut" for number in range(1, 121)]
 PRINT = "for i in $(seq 120); do echo line $i of a log that is long enough to be cut; sleep 0.05; done"
 """It takes its time, so that connections are cut while the job runs."""
+COMMIT = "from kintsugi.training.provenance import source_commit; print(source_commit())"
 
 
 class CuttingProxy:
@@ -148,21 +150,26 @@ def proxy(by_address: dict[str, str]) -> Generator[CuttingProxy]:
 
 
 @pytest.fixture(scope="module")
-def begun(machine: Machine, by_address: dict[str, str], proxy: CuttingProxy) -> "dict[str, subprocess.Popen[str]]":
+def begun(
+    machine: Machine, by_address: dict[str, str], proxy: CuttingProxy
+) -> "Generator[dict[str, subprocess.Popen[str]]]":
     (hand,) = re.findall(r"^ray job submit .*", (ROOT / "docs/jobs.md").read_text(), re.MULTILINE)
     _, *words = shlex.split(hand)
     through = {**by_address, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{proxy.port}"}
     submit = ("submit", "--entrypoint-num-cpus", "0.1")
-    return {
+    processes = {
         "good": machine.start("submit", "--id", "good", "--", "models", "list"),
         "bad": machine.start(*submit, "--id", "bad", "--json", "--env", "GREETING=hello", "--raw", "--",
-            "bash", "-c", "echo $GREETING $KINTSUGI_STORE; exit 7"),
+            "bash", "-c", f"echo $GREETING $KINTSUGI_STORE; python -c '{COMMIT}'; exit 7"),
         "long": machine.start("submit", "--id", "long", "--raw", "--", "sleep", "1000"),
         "cut": machine.start("submit", "--id", "cut", "--raw", "--", "bash", "-c", PRINT, **through),
         "hand": machine.popen(
             [str(Path(sys.executable).parent / "ray"), *words], {**machine.environment, **by_address}
         ),
     }  # fmt: skip
+    yield processes
+    for process in processes.values():
+        process.kill()
 
 
 def test_a_verb_runs_as_a_job_with_the_code_that_is_here_and_its_log_is_shown(
@@ -173,13 +180,13 @@ def test_a_verb_runs_as_a_job_with_the_code_that_is_here_and_its_log_is_shown(
     assert "job good is done" in done.stderr
 
 
-def test_a_job_that_fails_gives_its_exit_code_and_has_the_variables_that_were_asked_for(
+def test_a_job_that_fails_gives_its_exit_code_and_has_the_variables_that_were_asked_for_and_the_commit_of_its_code(
     machine: Machine, begun: "dict[str, subprocess.Popen[str]]"
 ) -> None:
     done = ended(begun["bad"], 7)
     (document,) = done.stdout.splitlines()
     assert json.loads(document)["state"] == "failed" and json.loads(document)["exit_code"] == 7
-    assert f"hello {machine.environment['KINTSUGI_STORE']}" in done.stderr
+    assert f"hello {machine.environment['KINTSUGI_STORE']}\n{source_commit()}\n" in done.stderr
 
 
 def test_no_line_of_a_log_is_lost_or_shown_twice_when_the_connection_is_cut(

@@ -29,16 +29,9 @@ from kintsugi.storage import S3Store, sha256
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 SMALL = [
-    "data.crop=48",
-    "model.base=8",
-    "train.steps_per_epoch=10",
-    "train.validation_images=6",
-    "train.epochs=2",
-    "search.trials=4",
-    "search.screened=2",
-    "search.epochs=2",
-    "search.screen_epochs=1",
-]
+    "data.crop=48", "model.base=8", "train.steps_per_epoch=10", "train.validation_images=6", "train.epochs=2",
+    "search.trials=4", "search.screened=2", "search.epochs=2", "search.screen_epochs=1",
+]  # fmt: skip
 
 
 class Machine:
@@ -191,7 +184,8 @@ def test_a_search_of_more_trials_than_cpus_ends_and_publishes_its_best(
 def test_tensorboard_shows_the_trials_of_a_search(addresses: dict[str, str], searched: dict[str, Any]) -> None:
     runs = [trial["run"] for trial in searched["trials"] if trial["state"] == "complete"]
     deadline = time.monotonic() + 60
-    while not all(any(run in shown for shown in _tensorboard_runs(addresses)) for run in runs):
+    asked = f"{addresses['tensorboard'].rstrip('/')}/data/runs"
+    while not all(any(run in shown for shown in httpx.get(asked, timeout=30).json()) for run in runs):
         assert time.monotonic() < deadline, "TensorBoard does not show the trials"
         time.sleep(0.5)  # polls TensorBoard
 
@@ -242,10 +236,6 @@ def test_optuna_dashboard_shows_both_studies_of_a_search(machine: Machine, searc
     assert sorted(study["study_name"] for study in studies["study_summaries"]) == ["full", "screen"]
 
 
-def _tensorboard_runs(addresses: dict[str, str]) -> list[str]:
-    return httpx.get(f"{addresses['tensorboard'].rstrip('/')}/data/runs", timeout=30).json()
-
-
 @pytest.mark.parametrize(("kind", "dtype"), [("png", np.uint8), ("png", np.uint16), ("tiff", np.uint16)])
 def test_an_image_comes_back_over_http_in_its_own_format_size_and_depth(
     endpoint: str, trained: dict[str, Any], kind: imaging.Format, dtype: type
@@ -286,8 +276,13 @@ def test_each_request_is_in_the_audit_trail(machine: Machine, endpoint: str) -> 
     body = imaging.encode(imaging.Image(np.full((32, 32), 90, np.uint8)))
     answer = httpx.post(f"{endpoint}/v1/restore", content=body, headers={"X-Request-Id": "part-77"}, timeout=60)
     folder = Path(machine.environment["KINTSUGI_HOME"]) / "audit"
-    lines = [json.loads(line) for file in folder.glob("*.jsonl") for line in file.read_text().splitlines()]
-    (line,) = [line for line in lines if line["request_id"] == "part-77"]
+    deadline = time.monotonic() + 30
+    # A line is written once its answer is sent.
+    while not (found := [line for file in folder.glob("*.jsonl") for line in file.open() if "part-77" in line]):
+        assert time.monotonic() < deadline, "no line came"
+        time.sleep(0.1)  # polls the files
+    (line,) = map(json.loads, found)
+    assert line["request_id"] == "part-77"
     assert line["output_sha256"] == answer.headers["x-kintsugi-output-sha256"] == sha256(answer.content)
 
 
@@ -352,7 +347,7 @@ def test_the_standard_platform_module_works_in_a_ray_task_with_the_root_as_worki
 
 
 def test_no_port_of_the_stack_answers_from_beyond_this_machine_or_without_a_secret(
-    machine: Machine, addresses: dict[str, str]
+    machine: Machine, addresses: dict[str, str], unlocked: Any
 ) -> None:
     """But TensorBoard and the endpoint, which have none on 127.0.0.1, metrics, and two pages without data."""
     stack = local.find(Path(machine.environment["KINTSUGI_HOME"]))
@@ -360,52 +355,15 @@ def test_no_port_of_the_stack_answers_from_beyond_this_machine_or_without_a_secr
     found = here.listens(here.family(stack))
     assert len(found) > 15 and [host for host, _ in found if not doors.is_loopback(host)] == []
     by_design = {urlsplit(url).port for url in (addresses["tensorboard"], addresses["endpoint"])}
-    told = {port: paths for _, port in found if port not in by_design and (paths := _told_by_http(port))}
+    told = {port: paths for _, port in found if port not in by_design and (paths := unlocked.paths(port))}
     assert told == {}
-    calls = [call for _, port in found for call in _by_grpc(port).items()]
+    calls = [call for _, port in found for call in unlocked.calls(port).items()]
     assert [call for call, code in calls if code == grpc.StatusCode.OK] == []
-    assert {call for call, code in calls if code == grpc.StatusCode.UNAUTHENTICATED} == set(RAY_CALLS)
-
-
-def _told_by_http(port: int) -> list[str]:
-    """The paths that answer without a secret."""
-    paths = ("/", "/api/jobs/", "/api/version", "/nodes?view=summary", "/logs/", "/metrics", "/api/job_agent/jobs/")
-    paths += ("/dir/assign", "/dir/status", "/col/delete?collection=kintsugi", "/kintsugi", "/buckets/kintsugi/")
-    answers = {path: doors.ask(f"http://127.0.0.1:{port}{path}") for path in paths}
-    harmless = (b"# HELP", b"<!doctype html>", b"<!DOCTYPE html>")
-    return [path for path, a in answers.items() if a and a.status < 400 and not a.body.startswith(harmless)]
-
-
-RAY_CALLS = (
-    *("NodeInfoGcsService/GetAllNodeInfo", "RayletDriver/Terminate", "ReporterService/GetTraceback"),
-    *("NodeManagerService/GetNodeStats", "ObjectManagerService/Pull"),
-)
-"""Of the GCS, the Ray client's server, the agent, and the raylet's two ports."""
-
-
-def _by_grpc(port: int) -> dict[str, grpc.StatusCode]:
-    """How each call is answered without a secret."""
-    calls = [f"ray.rpc.{call}" for call in RAY_CALLS]
-    calls += ["master_pb.Seaweed/ListMasterClients", "filer_pb.SeaweedFiler/GetFilerConfiguration"]
-    with grpc.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.enable_http_proxy", 0)]) as channel:
-        return {call.removeprefix("ray.rpc."): _called(channel, call) for call in calls}
-
-
-def _called(channel: grpc.Channel, call: str) -> grpc.StatusCode:
-    try:
-        channel.unary_unary(f"/{call}")(b"", timeout=10)
-    except grpc.RpcError as error:
-        return error.code()
-    return grpc.StatusCode.OK
+    assert {call for call, code in calls if code == grpc.StatusCode.UNAUTHENTICATED} == set(unlocked.ray_calls)
 
 
 def test_the_dashboard_answers(addresses: dict[str, str]) -> None:
     assert httpx.get(addresses["dashboard"], timeout=30).status_code == 200
-
-
-def test_the_serve_config_file_names_what_the_rooms_hold(machine: Machine) -> None:
-    config = yaml.safe_load((machine.root / "serve/application.yaml").read_text())
-    assert config["applications"][0]["import_path"] == "kintsugi_serve.app:build"
 
 
 @pytest.mark.usefixtures("trained", "searched")

@@ -74,6 +74,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeJobs:
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", ADDRESS)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("KINTSUGI_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(verb, "source_commit", lambda: None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/a.yaml").write_text("train: {}")
@@ -119,6 +120,14 @@ def test_the_commands_place_and_variables_are_passed_where_asked(
     (request,) = cluster.requests
     assert request.runtime_env["env_vars"] == {"KINTSUGI_STORE": "s3://bucket/team", "WANTED": "yes", "A": "b=c"}
     assert (request.cpus, request.gpus, request.labels) == (2, 1, {"role": "cpu"})
+
+
+def test_a_job_is_told_the_commit_of_the_code_that_it_takes_along(
+    cluster: FakeJobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verb, "source_commit", lambda: "0123abcd-dirty")
+    assert cli.main(["submit", "--", "train", "configs/a.yaml"]) == 0
+    assert cluster.requests[0].runtime_env["env_vars"] == {"KINTSUGI_SOURCE_COMMIT": "0123abcd-dirty"}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ from kintsugi.models import build_model
 from kintsugi.registry import ModelVersion, Registry
 from kintsugi.storage import LocalStore, sha256
 from kintsugi_serve.jobs import Answer, Job, LargeJob, LoadedModel, Rejection, Serving
-from kintsugi_serve.replica import Decoded, Infer, Inferred
+from kintsugi_serve.replica.replica import Decoded, Infer, Inferred
+from kintsugi_serve.replica.serving import Loaded
 from kintsugi_serve.schemas import Settings
 
 VERSION = LoadedModel("unet", 3, "d" * 64)
@@ -68,6 +71,25 @@ class InPlace:
     ) -> tuple[imaging.Image, np.ndarray | None]:
         known = imaging.decode_mask(mask, max_pixels=max_pixels) if mask is not None else None
         return imaging.decode(image, white_level=white_level, max_pixels=max_pixels), known
+
+
+class One:
+    """A source of one model, whatever is asked for."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def find(self, reference: str) -> Any:
+        return SimpleNamespace(ref="unet@1", name="unet", number=1, digest="d" * 64)
+
+    def load(self, version: Any) -> Loaded:
+        return Loaded(self.model, LoadedModel("unet", 1, "d" * 64))
+
+    def fallbacks(self, reference: str) -> list[Any]:
+        return []
+
+    def keep(self, reference: str, version: Any) -> None:
+        return None
 
 
 def _one_by_one(infer: Infer) -> Batched:
@@ -137,6 +159,11 @@ def settings(store: LocalStore) -> Settings:
 
 
 @pytest.fixture
+def source_of() -> object:
+    return One
+
+
+@pytest.fixture
 def one_by_one() -> object:
     return _one_by_one
 
@@ -145,7 +172,7 @@ def one_by_one() -> object:
 def _no_processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Replicas decode in place, except where a test is about that."""
     if request.node.get_closest_marker("processes") is None:
-        monkeypatch.setattr("kintsugi_serve.replica.decoder_of", lambda settings: InPlace())
+        monkeypatch.setattr("kintsugi_serve.replica.replica.decoder_of", lambda settings: InPlace())
 
 
 @pytest.fixture
@@ -171,3 +198,16 @@ def publish() -> object:
 @pytest.fixture
 def echo() -> EchoBackend:
     return EchoBackend()
+
+
+@pytest.fixture
+def hostile(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A target of a decoder's child that does what the image says."""
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    return "hostile_target:decode"
+
+
+@pytest.fixture
+def hostile_strips(hostile: str) -> str:
+    """As `hostile`, for a child that unpacks a large image."""
+    return hostile.replace("decode", "unpack")

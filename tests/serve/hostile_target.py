@@ -14,7 +14,7 @@ import numpy as np
 
 from kintsugi.errors import ImageError
 from kintsugi.imaging import Image
-from kintsugi_serve.codec_child import receive_head, send
+from kintsugi_serve.decoding.child import receive_head, send
 
 kept: list[object] = []
 

@@ -11,10 +11,11 @@ from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.schema import ServeDeploySchema
 
-from kintsugi.errors import ModelNotFound
+from kintsugi import doors
+from kintsugi.errors import ConfigError, ModelNotFound, StoreError, StoreUnavailable
 from kintsugi.registry import Registry
-from kintsugi.storage import LocalStore
-from kintsugi_serve.addresses import S3Address
+from kintsugi.storage import LocalStore, S3Store
+from kintsugi_serve.access.addresses import S3Address
 from kintsugi_serve.app import MESSAGE_BYTES, NODES, ReplicaBackend, build
 from kintsugi_serve.jobs import Job, LargeAnswer, LargeJob, LoadedModel, Serving
 from kintsugi_serve.schemas import Args, Refusal
@@ -190,6 +191,45 @@ def test_ingress_and_replicas_fit_on_two_cores() -> None:
 def test_a_model_that_does_not_exist_stops_the_build(store: LocalStore) -> None:
     with pytest.raises(ModelNotFound):
         build(Args(store=str(store.root), model="unet@production"))
+
+
+def test_a_store_that_is_spoken_to_in_the_clear_stops_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://store.plant:8333")
+    with pytest.raises(ConfigError, match=r"http://store\.plant:8333 is plain HTTP"):
+        build(Args(store="s3://plant/in-the-clear"))
+
+
+def test_a_store_that_lets_a_second_writer_win_stops_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Overwriting(S3Store):
+        def put(
+            self, key: str, data: bytes | Path, *, if_none_match: bool = False, if_match: str | None = None
+        ) -> None:
+            pass
+
+        def delete(self, key: str) -> None:
+            pass
+
+    monkeypatch.setattr(doors, "open_store", Overwriting)
+    with pytest.raises(StoreError, match="cannot hold models and datasets"):
+        build(Args(store="s3://plant/overwriting"))
+
+
+def test_a_store_that_does_not_answer_now_stops_no_build(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Away(S3Store):
+        def put(
+            self, key: str, data: bytes | Path, *, if_none_match: bool = False, if_match: str | None = None
+        ) -> None:
+            raise StoreUnavailable("no answer")
+
+        def delete(self, key: str) -> None:
+            raise StoreUnavailable("no answer")
+
+    monkeypatch.setattr(doors, "open_store", Away)
+    replica = _deployments(build(Args(store="s3://plant/away")))["Replica"]
+    assert replica.user_config == {"model": "unet@production"}
+    assert "neither the store nor unet@production could be checked" in caplog.text
 
 
 def test_the_config_file_is_one_that_serve_deploys(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ from kintsugi.cli import main
 from kintsugi.errors import ConfigError, ModelNotFound, StackError
 from kintsugi.storage import LocalStore
 from kintsugi_serve import commands
-from kintsugi_serve.callers import Caller, Callers
-from kintsugi_serve.keys import read_keys
+from kintsugi_serve.access.keys import read_keys
+from kintsugi_serve.ingress.callers import Caller, Callers
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from kintsugi.commands.lookup import find_model
 from kintsugi.errors import ConfigError, DataError, KintsugiError, StoreError
 
 # A name only, as in the table of cli.py: the library imports nothing of the service until --endpoint asks for it.
-_REMOTE = "kintsugi_serve.client_command"
+_REMOTE = "kintsugi_serve.client.command"
 _KEY = "KINTSUGI_API_KEY"
 _TILE = 512
 _SUFFIXES = frozenset({".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp"})

@@ -20,6 +20,7 @@ from kintsugi.commands.console import Json, note, print_json, say
 from kintsugi.errors import ConfigError, StackError
 from kintsugi.jobs import INTERRUPTED, Job, JobServer, RayJobs, Request, follow, sent_files, submit_once
 from kintsugi.parcel import Parcel
+from kintsugi.training.provenance import SENT_COMMIT, source_commit
 
 HERE_ONLY = frozenset({"up", "down", "status", "doctor", "demo", "submit", "jobs"})
 FOLDERS = frozenset({"model", "detector"})
@@ -213,9 +214,9 @@ def _entrypoint(words: Sequence[str], raw: bool) -> str:
 
 
 def _variables(asked: Sequence[str]) -> dict[str, str]:
-    """KINTSUGI_STORE, if the user set it, and what was asked for; never the local stack's."""
-    store = local.own_store()
-    variables = {} if store is None else {"KINTSUGI_STORE": store}
+    """KINTSUGI_STORE, if the user set it, never the local stack's; the commit of the code; and what was asked for."""
+    known = {"KINTSUGI_STORE": local.own_store(), SENT_COMMIT: source_commit()}
+    variables = {name: value for name, value in known.items() if value is not None}
     for item in asked:
         name, equals, value = item.partition("=")
         if not equals and name not in os.environ:

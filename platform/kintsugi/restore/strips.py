@@ -18,7 +18,8 @@ import tifffile
 from numpy.typing import NDArray
 
 from kintsugi.errors import ImageError, StoreError
-from kintsugi.imaging import DEPTHS, NEGATIVE, Image, check_pixels, check_tiff_page, fitting_white_level, tiff_options
+from kintsugi.imaging import DEPTHS, NEGATIVE, Image, check_pixels, fitting_white_level
+from kintsugi.tiff import check_tiff_page, tiff_options
 
 MAX_STREAMED_PIXELS = 2**36
 _MAX_SEGMENT = 4096 * 4096
@@ -208,7 +209,7 @@ def write_strips(path: Path, like: Image, height: int, bands: Iterable[Image]) -
     width, channels, dtype = like.size[1], like.channels, like.pixels.dtype
     rows = max(1, _STRIP_BYTES // (width * channels * dtype.itemsize))
     shape = (height, width, channels) if channels > 1 else (height, width)
-    options: dict[str, Any] = {**tiff_options(like), "rowsperstrip": rows}
+    options: dict[str, Any] = {**tiff_options(like.channels, like.tags), "rowsperstrip": rows}
     pack = _packer(options["compression"])
     big = height * width * channels * dtype.itemsize > 2**31
     try:

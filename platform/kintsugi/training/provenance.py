@@ -1,11 +1,14 @@
 """Which code a run was trained by."""
 
 import json
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
+SENT_COMMIT = "KINTSUGI_SOURCE_COMMIT"
+"""What a job is told of the code that came with it, as it comes without git."""
 PACKAGES = (
     *("kintsugi", "torch", "torchvision", "ray", "kornia", "timm"),
     *("numpy", "opencv-python-headless", "pyarrow", "safetensors"),
@@ -19,13 +22,14 @@ def versions() -> dict[str, str]:
 def source_commit(folder: Path | None = None) -> str | None:
     """The commit of the source tree in `folder` (default: where this file lies), with `-dirty` where files differ.
 
-    Else the one that pip noted when it installed from git; None where neither is known.
+    Else the one that `kintsugi submit` sent along with the code, or that pip noted when it installed from git; None
+    where none is known.
     """
     here = folder or Path(__file__).parent
     # Tracked, not just within some repository: a virtual environment may lie in the user's own.
     if _git(here, "ls-files", "."):
         return _git(here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    return None if folder else _installed_commit()
+    return None if folder else os.environ.get(SENT_COMMIT) or _installed_commit()
 
 
 def _git(folder: Path, *words: str) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from botocore.session import get_session
 
-from kintsugi_serve.places import RESERVED
+from kintsugi_serve.objects.places import RESERVED
 
 ACCOUNT = "123456789012"
 EC2 = f"arn:aws:ec2:us-west-2:{ACCOUNT}"

@@ -42,6 +42,7 @@ def test_an_endpoint_on_every_node_answers_those_with_a_key(cluster: Any, key: s
 @pytest.mark.usefixtures("key")
 def test_no_port_of_the_cluster_takes_a_connection_of_a_stranger(cluster: Any) -> None:
     ports = cluster.open_ports()
+    print(f"{len(ports)} ports that listen beyond loopback")
     assert len(ports) > 20
     assert cluster.told_to("stranger", ports) == {}
 
@@ -51,6 +52,7 @@ def test_past_the_firewall_metrics_an_empty_page_and_the_endpoint_are_all_that_a
     """Asked from a worker, which the firewall lets in, without its secrets."""
     told = cluster.told_to("one", cluster.open_ports())
     answers = {address: found for address, found in told.items() if found}
+    print(f"{len(told)} of them take a connection of a worker, {len(answers)} answer: {answers}")
     assert len(told) > 20
     assert {int(address.rpartition(":")[2]) for address in answers} == {*METRICS, 8000, 8265}
     assert {tuple(found) for address, found in answers.items() if address.endswith(":8265")} == {("GET /",)}

@@ -53,6 +53,7 @@ def test_a_head_that_is_killed_and_started_again_is_missed_by_no_caller_and_no_t
     card = published(cluster, "headless")
     images.wait_for(50)
     counts = images.end()
+    print(counts)
     assert counts["sent"] >= 1000
     assert (counts["failed"], counts["wrong"]) == (0, 0), images.log.read_text()
     assert card["workers"][-1]["world_size"] == 2

@@ -17,8 +17,8 @@ from typer.core import TyperGroup
 
 from kintsugi.cli import build_app
 from kintsugi.config import load_config
+from kintsugi_serve.access.keys import new_key
 from kintsugi_serve.app import bind
-from kintsugi_serve.keys import new_key
 from kintsugi_serve.schemas import Args
 from kintsugi_tune.space import load_space
 

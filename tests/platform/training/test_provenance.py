@@ -1,7 +1,11 @@
+import shutil
 import subprocess
 from pathlib import Path
 
-from kintsugi.training.provenance import source_commit, versions
+import pytest
+
+from kintsugi.training import provenance
+from kintsugi.training.provenance import SENT_COMMIT, source_commit, versions
 
 
 def git(folder: Path, *words: str) -> str:
@@ -34,6 +38,26 @@ def test_code_that_only_lies_within_a_repository_of_others_has_no_commit(tmp_pat
 
 def test_a_folder_without_git_has_no_commit(tmp_path: Path) -> None:
     assert source_commit(tmp_path) is None
+
+
+def test_code_that_was_sent_has_the_commit_that_was_sent_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
+    monkeypatch.setenv(SENT_COMMIT, "0123abcd-dirty")
+    assert source_commit() == "0123abcd-dirty"
+
+
+def test_a_checkout_knows_better_than_what_was_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    git(tmp_path, "init")
+    copy = tmp_path / "code"
+    copy.mkdir()
+    shutil.copy(provenance.__file__, copy)
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "one")
+    monkeypatch.setattr(provenance, "__file__", str(copy / "provenance.py"))
+    monkeypatch.setenv(SENT_COMMIT, "0123abcd")
+    assert source_commit() == git(tmp_path, "rev-parse", "HEAD").strip()
 
 
 def test_versions_name_what_decides_over_the_figures() -> None:

@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from websockets.sync.client import connect
 
 from kintsugi import imaging
-from kintsugi_serve.api import build_api
+from kintsugi_serve.ingress.api import build_api
 from kintsugi_serve.jobs import Answer, Job, LoadedModel, Rejection, Serving
 from kintsugi_serve.schemas import Refusal, Settings
 
@@ -36,16 +36,9 @@ FLAGS = (
     "--disable-renderer-backgrounding", "--disable-backgrounding-occluded-windows", "--disable-extensions",
 )  # fmt: skip
 KEYS = {
-    "ArrowLeft": 37,
-    "ArrowUp": 38,
-    "ArrowRight": 39,
-    "ArrowDown": 40,
-    "Tab": 9,
-    "Enter": 13,
-    " ": 32,
-    "Home": 36,
+    "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Tab": 9, "Enter": 13, " ": 32, "Home": 36,
     "End": 35,
-}
+}  # fmt: skip
 PATIENCE_S = 30
 WATCH = "window.violations = []; addEventListener('securitypolicyviolation', e => violations.push(e.blockedURI));"
 VERSION = LoadedModel("unet", 3, "d" * 64)

@@ -1,0 +1,1 @@
+"""What callers are known and named by: their keys, and plain S3 addresses."""

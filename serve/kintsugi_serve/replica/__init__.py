@@ -1,0 +1,1 @@
+"""What a replica does: the model in service, batches of images, and large ones strip by strip."""
