@@ -57,7 +57,7 @@ def serve(
         stopped = _stop()
         _print({"stopped": stopped}, "the service is down" if stopped else "no service was running", as_json)
         return
-    audit_folder = str(local.home_folder() / "audit") if stack else None
+    audit_folder = str(local.home_folder().absolute() / "audit") if stack else None
     args = _arguments(model, host, min_replicas, max_replicas, keys, audit_folder, sets or ())
     port = port or (urlsplit(stack.endpoint).port if stack else None) or DEFAULT_PORT
     doors.check_store(args.store)

@@ -151,7 +151,7 @@ def _check_packages() -> None:
         import onnxscript
     except ImportError as error:
         raise ConfigError(
-            f"to export, onnx and onnxscript are needed ({error}): pip install 'kintsugi[export]'"
+            f"to export, onnx and onnxscript are needed ({error}): pip install onnx onnxscript"
         ) from error
     del onnx, onnxscript
 

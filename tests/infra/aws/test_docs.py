@@ -65,6 +65,12 @@ def test_the_page_names_the_machines_of_the_cluster_file(cluster_file: dict[str,
         assert re.search(row, page, re.MULTILINE), name
 
 
+def test_the_page_on_costs_has_a_row_for_each_machine(cluster_file: dict[str, Any]) -> None:
+    rows = re.findall(r"^\| ([a-z0-9]+\.[a-z0-9]+)\b", (ROOT / "docs/costs.md").read_text(), re.MULTILINE)
+    machines = {kind["node_config"]["InstanceType"] for kind in cluster_file["available_node_types"].values()}
+    assert set(rows) == machines
+
+
 def is_target(words: list[str]) -> None:
     assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
 

@@ -16,7 +16,7 @@ def page(repository: Path) -> str:
 
 
 def test_the_manifest_that_is_shown_is_read_as_the_table_says(page: str, tmp_path: Path) -> None:
-    shown = re.search(r"```\n(name,part.*?)```", page, re.DOTALL)
+    shown = re.search(r"```csv\n(name,part.*?)```", page, re.DOTALL)
     assert shown is not None
     (tmp_path / "manifest.csv").write_text(shown[1])
     for folder in ("clean", "mask"):
