@@ -82,8 +82,9 @@ class Host:
 
 
 @contextmanager
-def network(names: Sequence[str], tag: str = "kt") -> Iterator[dict[str, Host]]:
+def network(names: Sequence[str]) -> Iterator[dict[str, Host]]:
     """Hosts of these names, in this order from SUBNET.1 on, on one switch."""
+    tag = f"kt{os.getpid()}"
     switch = f"{tag}-switch"
     with ExitStack() as stack:
         _namespace(switch, stack)
