@@ -196,6 +196,7 @@ def _variables(folder: Path, hosts: Mapping[str, Host]) -> dict[str, str]:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_worker_niceness": "0",
         "RAY_health_check_period_ms": "1000",
+        "RAY_health_check_timeout_ms": "2000",
         "RAY_health_check_failure_threshold": "10",
         "KINTSUGI_STORE": "s3://kintsugi",
         "KINTSUGI_CACHE": str(folder / "cache"),
