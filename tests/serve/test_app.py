@@ -1,4 +1,5 @@
 import asyncio
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from kintsugi import doors
 from kintsugi.errors import ConfigError, ModelNotFound, StoreError, StoreUnavailable
 from kintsugi.registry import Registry
 from kintsugi.storage import LocalStore, S3Store
+from kintsugi_serve import app
 from kintsugi_serve.access.addresses import S3Address
 from kintsugi_serve.app import MESSAGE_BYTES, NODES, ReplicaBackend, build
 from kintsugi_serve.jobs import Job, LargeAnswer, LargeJob, LoadedModel, Serving
@@ -226,6 +228,10 @@ def test_a_store_that_does_not_answer_now_stops_no_build(
         def delete(self, key: str) -> None:
             raise StoreUnavailable("no answer")
 
+    # Its own: libraries that tests load before reconfigure the loggers that there are.
+    logger = logging.Logger("app")
+    logger.addHandler(caplog.handler)
+    monkeypatch.setattr(app, "logger", logger)
     monkeypatch.setattr(doors, "open_store", Away)
     replica = _deployments(build(Args(store="s3://plant/away")))["Replica"]
     assert replica.user_config == {"model": "unet@production"}
