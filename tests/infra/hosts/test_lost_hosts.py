@@ -1,4 +1,4 @@
-"""A cable is out, and a head dies: what runs goes on by itself, and nobody who calls the endpoint notices."""
+"""A head dies, and a cable is out: what runs goes on by itself, and nobody who calls the endpoint notices."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,22 +25,6 @@ def published(cluster: Any, run: str) -> dict[str, Any]:
     return cluster.card(done.stdout)
 
 
-@pytest.mark.usefixtures("dataset")
-def test_a_training_goes_on_when_the_cable_of_a_host_was_out(cluster: Any, verb: Callable[..., list[str]]) -> None:
-    """Ray gives the host up, and ends there when it hears of it; then it is started again, as the unit would."""
-    settings = ("train.epochs=8", "train.max_failures=-1")
-    begin(cluster, "cut", verb("train", *settings, options=("--run", "cut")))
-    two = cluster.hosts["two"]
-    with two.unplugged():
-        assert wait_until(lambda: two.address not in cluster.alive(), 180), "the host was not given up"
-    cluster.running["two"].wait(180)
-    cluster.start_ray("two")
-    cluster.wait_for("two")
-    workers = published(cluster, "cut")["workers"]
-    assert [start["world_size"] for start in workers] == [2, 2]
-    assert workers[1]["epoch"] > 0
-
-
 def test_a_head_that_is_killed_and_started_again_is_missed_by_no_caller_and_no_training(
     cluster: Any, verb: Callable[..., list[str]], images: Any
 ) -> None:
@@ -57,3 +41,19 @@ def test_a_head_that_is_killed_and_started_again_is_missed_by_no_caller_and_no_t
     assert counts["sent"] >= 1000
     assert (counts["failed"], counts["wrong"]) == (0, 0), images.log.read_text()
     assert card["workers"][-1]["world_size"] == 2
+
+
+@pytest.mark.usefixtures("dataset")
+def test_a_training_goes_on_when_the_cable_of_a_host_was_out(cluster: Any, verb: Callable[..., list[str]]) -> None:
+    """Ray gives the host up, and ends there when it hears of it; then it is started again, as the unit would."""
+    settings = ("train.epochs=8", "train.max_failures=-1")
+    begin(cluster, "cut", verb("train", *settings, options=("--run", "cut")))
+    two = cluster.hosts["two"]
+    with two.unplugged():
+        assert wait_until(lambda: two.address not in cluster.alive(), 180), "the host was not given up"
+    cluster.running["two"].wait(180)
+    cluster.start_ray("two")
+    cluster.wait_for("two")
+    workers = published(cluster, "cut")["workers"]
+    assert [start["world_size"] for start in workers] == [2, 2]
+    assert workers[1]["epoch"] > 0
