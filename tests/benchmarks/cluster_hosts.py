@@ -36,7 +36,6 @@ class Cluster:
     folder: Path
     cpus: Mapping[str, float]
     variables: dict[str, str]
-    tls: bool = True
     running: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
 
     @property
@@ -103,7 +102,7 @@ class Cluster:
             **self.variables,
             "KINTSUGI_ADDRESS": address,
             "KINTSUGI_ROLE": "cpu",
-            "RAY_USE_TLS": str(int(self.tls)),
+            "RAY_USE_TLS": "1",
             "RAY_TLS_CA_CERT": str(certificates / "ca.pem"),
             "RAY_TLS_SERVER_CERT": str(certificates / "node.pem"),
             "RAY_TLS_SERVER_KEY": str(certificates / "node.key"),
@@ -117,11 +116,6 @@ class Cluster:
         """Kill every process of a host at once."""
         self.hosts[name].run(["kill", "-KILL", "-1"], check=False)
         self.running.pop(name).wait(60)
-
-    def stop_ray(self, name: str) -> None:
-        process = self.running.pop(name)
-        process.terminate()
-        process.wait(60)
 
     def alive(self) -> set[str]:
         """The addresses of Ray's nodes, as the head sees them."""
@@ -162,19 +156,18 @@ class Cluster:
 
 
 @contextmanager
-def cluster(folder: Path, cpus: float = 1, *, tls: bool = True, firewall: bool = True) -> Iterator[Cluster]:
+def cluster(folder: Path, cpus: float = 1) -> Iterator[Cluster]:
     """Ray on `head` (which runs no work), and on `one` and `two` with so many CPUs each; S3 and Redis on `store`."""
     (folder / "logs").mkdir(parents=True)
     with network(["head", *WORKERS, "store", "user", "stranger"]) as hosts:
-        made = Cluster(hosts, folder, dict.fromkeys(WORKERS, cpus), {}, tls)
+        made = Cluster(hosts, folder, dict.fromkeys(WORKERS, cpus), {})
         made.variables |= _variables(folder, hosts)
         certificates = [str(START / "certificates"), str(folder / "certificates")]
         subprocess.run([*certificates, *(hosts[name].address for name in ("head", *WORKERS))], check=True)
         _start_store(made)
         _start_redis(made)
         for name in ("head", *WORKERS):
-            if firewall:
-                made.close_firewall(name)
+            made.close_firewall(name)
             made.start_ray(name)
             made.wait_for(name)
         yield made
